@@ -1,0 +1,17 @@
+"""Triton kernels as PyTorch operators: `import torch_triton_ops`, then `torch.ops.tt.*`.
+
+Importing registers every op of op_registry.yaml. It touches no GPU driver, compiles nothing and imports no Triton: an op's
+module is loaded at its first call.
+"""
+
+from __future__ import annotations
+
+from torch_triton_ops import register as _register
+from torch_triton_ops import registry as _registry
+from torch_triton_ops.register import load_registry
+from torch_triton_ops.registry import OpSpec, RegistryError, specs
+
+__all__ = ["OpSpec", "RegistryError", "__version__", "load_registry", "specs"]
+__version__ = "0.1.0"
+
+_register.register(_registry.read_registry(_registry.REGISTRY_FILE, _registry.NAMESPACE))
