@@ -27,9 +27,6 @@ from triton.runtime.jit import JITFunction
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Options of a launch that are no constexpr of the kernel.
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
-
 
 class _State(threading.local):
     inlining = 0
@@ -130,18 +127,185 @@ def inlining() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class Descriptor:
+    """A TMA descriptor of `base` (last stride 1, 16-byte aligned) with boxes of `block_shape`; made by `descriptor`."""
+
+    __slots__ = ("base", "block_shape", "shape", "strides")
+
+    def __init__(self, base: torch.Tensor, block_shape: tuple[int, ...]) -> None:
+        self.base, self.block_shape = base, block_shape
+        self.shape, self.strides = tuple(base.shape), base.stride()
+
+    def for_triton(self) -> Any:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(self.base, list(self.shape), list(self.strides), list(self.block_shape))
+
+
+def descriptor(tensor: torch.Tensor, block_shape: tuple[int, ...]) -> Descriptor:
+    """A TMA descriptor to pass to `launch` in the place of a pointer. Ops that use one are `visibility: opaque`.
+
+    The driver's encoding is cached by address, shape, strides and box, so a repeated launch costs no driver call.
+    Ask `can_describe(tensor)` first.
+    """
+    return Descriptor(tensor, block_shape)
+
+
+def can_describe(tensor: torch.Tensor) -> bool:
+    """Whether TMA takes `tensor`: last stride 1, other strides positive multiples of 16 bytes, base aligned to 16 bytes."""
+    size = tensor.element_size()
+    *outer, last = tensor.stride()
+    aligned = tensor.is_meta or tensor.data_ptr() % 16 == 0
+    return last == 1 and aligned and tensor.numel() > 0 and all(s > 0 and s * size % 16 == 0 for s in outer)
+
+
 def launch(
     kernel: JITFunction, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any
 ) -> None:
-    """Start `kernel` on `grid`. See the module's docstring and docs/design.md."""
-    if INTERPRET or not (_state.inlining or _state.recording):
-        if 0 in grid:
-            return
-        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
-    elif _state.recording is not None:
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        _state.recording.launches.append(Launch(kernel, tuple(grid), args, constexprs, options))
-    else:
+    """Start `kernel` on `grid`. See the module's docstring and docs/design.md.
+
+    args: the kernel's run-time arguments in order: tensors, ints, None, `descriptor`s. constexprs: by keyword.
+    """
+    if _state.inlining:
         from torch.library import wrap_triton
 
         wrap_triton(kernel)[tuple(grid)](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+    elif _state.recording is not None:
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        _state.recording.launches.append(Launch(kernel, tuple(grid), args, constexprs, options))
+    elif 0 in grid:
+        return
+    elif INTERPRET:
+        kernel[grid](*_for_triton(args), **constexprs)
+    else:
+        _launch_cuda(kernel, grid, args, num_warps, num_stages, constexprs)
+
+
+def _for_triton(args: tuple[Any, ...]) -> list[Any]:
+    return [a.for_triton() if type(a) is Descriptor else a for a in args]
+
+
+# What Triton's own launcher looks like is private and differs between versions: only tested ones are started directly.
+_DIRECT = triton.__version__.startswith("3.6.")
+_HOOKS = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
+
+# kernel's id -> (kernel, {specialisation: start}); the kernel is kept so that its id stays its own
+_started: dict[int, tuple[JITFunction, dict[tuple[Any, ...], Any]]] = {}
+_MAX_INT32 = 2**31 - 1
+
+
+def _launch_cuda(
+    kernel: JITFunction,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    num_warps: int,
+    num_stages: int,
+    constexprs: dict[str, Any],
+) -> None:
+    # The key holds at least everything that Triton specialises a kernel on (dtype and 16-byte alignment of a pointer; width,
+    # 1 and divisibility by 16 of an int; every constexpr and option): finer costs a dictionary entry, coarser a wrong result.
+    key: list[Any] = [num_warps, num_stages, *constexprs.items()]
+    values: list[Any] = []
+    device = -1
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            pointer = a.data_ptr()
+            values.append(pointer)
+            key.append(a.dtype)
+            key.append(pointer % 16 == 0)
+            index = a.get_device()
+            if index != device:
+                if device >= 0 or index < 0:
+                    raise RuntimeError(f"{kernel.__name__}: its tensors are on different devices: move them to one GPU")
+                device = index
+        elif type(a) is int:
+            values.append(a)
+            key.append(1 if a == 1 else (a % 16 == 0, -_MAX_INT32 <= a <= _MAX_INT32))
+        elif type(a) is Descriptor:
+            values.append(a)
+            key.append((a.base.dtype, a.block_shape))
+            device = a.base.get_device()
+        else:
+            values.append(a)
+            key.append((type(a), a) if a is None or type(a) is bool else type(a))
+    key.append(device)
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            return _start(kernel, grid, args, values, tuple(key), device, num_warps, num_stages, constexprs)
+    _start(kernel, grid, args, values, tuple(key), device, num_warps, num_stages, constexprs)
+
+
+def _start(
+    kernel: JITFunction,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    values: list[Any],
+    key: tuple[Any, ...],
+    device: int,
+    num_warps: int,
+    num_stages: int,
+    constexprs: dict[str, Any],
+) -> None:
+    entry = _started.get(id(kernel))
+    if entry is None:
+        entry = _started[id(kernel)] = (kernel, {})
+    start = entry[1].get(key)
+    if start is None or _HOOKS[0].calls or _HOOKS[1].calls:  # a profiler listens: Triton's own way calls it
+        compiled = kernel[grid](*_for_triton(args), **constexprs, num_warps=num_warps, num_stages=num_stages)
+        if _DIRECT and start is None and compiled is not None:
+            entry[1][key] = _direct_start(kernel, compiled, constexprs)
+        return
+    grid_y = grid[1] if len(grid) > 1 else 1
+    grid_z = grid[2] if len(grid) > 2 else 1
+    start(grid[0], grid_y, grid_z, torch._C._cuda_getCurrentRawStream(device), values)
+
+
+def _direct_start(kernel: JITFunction, compiled: Any, constexprs: dict[str, Any]) -> Any:
+    """A function that starts `compiled` with nothing but the C launcher between; None where that is not possible."""
+    run = compiled.run
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None  # scratch is allocated per launch: Triton's own way
+    start, function, metadata = run.launch, compiled.function, compiled.packed_metadata
+    head = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
+    # every constexpr keeps a slot; they stand last in our kernels' signatures, in their own order
+    names = [p.name for p in kernel.params if p.is_constexpr]
+    runtime = len(kernel.params) - len(names)
+    if any(p.is_constexpr for p in kernel.params[:runtime]):
+        raise TypeError(f"{kernel.__name__}: put the tl.constexpr parameters last")
+    tail = tuple(
+        constexprs[name] if name in constexprs else kernel.signature.parameters[name].default for name in names
+    )
+    metas = getattr(compiled.metadata, "tensordesc_meta", None)
+    if not metas:
+
+        def direct(x: int, y: int, z: int, stream: int, values: list[Any]) -> None:
+            start(x, y, z, stream, *head, *values, *tail)
+
+        return direct
+
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    # Triton's wrapper encodes the descriptors at every launch; below it is the C function, which takes encoded ones
+    launcher = dict(zip(start.__code__.co_freevars, (c.cell_contents for c in start.__closure__), strict=True))[
+        "launcher"
+    ]
+    encoded: dict[tuple[Any, ...], list[Any]] = {}
+
+    def direct_with_descriptors(x: int, y: int, z: int, stream: int, values: list[Any]) -> None:
+        final: list[Any] = []
+        position = 0
+        for value in values:
+            if type(value) is not Descriptor:
+                final.append(value)
+                continue
+            key = (position, value.base.data_ptr(), value.shape, value.strides)
+            parts = encoded.get(key)
+            if parts is None:
+                if len(encoded) > 4096:  # addresses change from step to step in some programs: stay bounded
+                    encoded.clear()
+                parts = encoded[key] = make_tensordesc_arg(value.for_triton(), metas[position])
+            final += parts
+            position += 1
+        launcher(x, y, z, stream, *head, *final, *tail)
+
+    return direct_with_descriptors

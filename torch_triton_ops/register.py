@@ -139,7 +139,9 @@ class _Registration:
             if tensor is None:
                 continue
             if tensor.device != device:
-                self.bad(i, f"on {tensor.device}", f"the device of '{self.spec.arguments[self.tensors[0]].name}', {device}")
+                self.bad(
+                    i, f"on {tensor.device}", f"the device of '{self.spec.arguments[self.tensors[0]].name}', {device}"
+                )
             dtype = tensor.dtype
             # the first tensor decides; integer tensors further on are indices or masks, which the op checks itself
             if dtype not in dtypes and (tensor is first or dtype.is_floating_point or dtype.is_complex):
@@ -232,7 +234,8 @@ class _Registration:
                 found = spec.function("backward")(ctx, *grads)  # type: ignore[misc]
             found = found if isinstance(found, tuple) else (found,)
             if torch.is_grad_enabled():  # create_graph=True: a second derivative must fail, not be zero
-                found = _once_only(spec, found)
+                sources = (t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad)
+                found = _SecondDerivative.apply(spec.qualname, len(found), *found, *sources)
             out: list[Any] = [None] * count
             for i, gradient, needed in zip(differentiable, found, ctx.needs, strict=True):
                 out[i] = gradient if needed else None
@@ -301,7 +304,7 @@ class _Registration:
 
         for decl in self.spec.decls:
             if decl.kind != "backward" or all(n in [a.name for a in decl.arguments] for n in self.spec.differentiable):
-                flop_counter.register_flop_formula(decl.op, get_raw=True)(formula(decl))
+                flop_counter.register_flop_formula(decl.packet, get_raw=True)(formula(decl))
 
     def register_sharding(self, _: ModuleType) -> None:
         """DTensor rules of the public op and of its internal ops."""
@@ -362,17 +365,26 @@ def _refuse_gradient(spec: OpSpec, argument: str) -> None:
 
 def _refuse_forward_mode(spec: OpSpec, tensors: list[Any]) -> None:
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f"{spec.qualname}: forward-mode derivatives (jvp) are not implemented; use backward mode")
+        raise NotImplementedError(
+            f"{spec.qualname}: forward-mode derivatives (jvp) are not implemented; use backward mode"
+        )
 
 
-def _once_only(spec: OpSpec, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Gradients that raise when they are differentiated."""
-    message = f"{spec.qualname}: second derivatives are not implemented; differentiate once (without create_graph=True)"
-    present = [g for g in gradients if g is not None]
-    delayed = torch._C._functions.DelayedError(message.encode(), len(present))
-    results = delayed(*[g.detach().requires_grad_() for g in present])
-    wrapped = iter(results if isinstance(results, (tuple, list)) else (results,))
-    return tuple(None if g is None else next(wrapped) for g in gradients)
+class _SecondDerivative(torch.autograd.Function):
+    """Passes gradients on, tied to everything they were computed from, so that differentiating them raises.
+
+    torch's `once_differentiable` ties them to nothing: a second derivative that reaches the inputs by another way, too,
+    would silently lack the op's share.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qualname: str, count: int, *tensors: Any) -> Any:
+        ctx.qualname = qualname
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{ctx.qualname}: second derivatives are not implemented; differentiate once")
 
 
 # --------------------------------------------------------------------------------------------------------------------

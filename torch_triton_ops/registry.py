@@ -5,11 +5,13 @@ Reading the registry imports no op and registers nothing; `register.py` does.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import keyword
 import re
 import sys
 from collections.abc import Callable
@@ -69,9 +71,14 @@ class OpDecl:
         return f"{self.namespace}::{self.name}"
 
     @property
+    def packet(self) -> Any:
+        """The OpOverloadPacket, once registered: `torch.ops.tt.rms_norm`."""
+        return getattr(getattr(torch.ops, self.namespace), self.name)
+
+    @property
     def op(self) -> Any:
         """The OpOverload, once registered."""
-        return getattr(getattr(torch.ops, self.namespace), self.name).default
+        return self.packet.default
 
     def tensor_positions(self) -> tuple[int, ...]:
         return tuple(i for i, a in enumerate(self.arguments) if a.is_tensor)
@@ -139,12 +146,16 @@ class OpSpec:
     def module_files(self) -> tuple[Path, ...]:
         """The op's source files, found without importing them."""
         base = PACKAGE / "ops" if self.namespace == NAMESPACE else self.file.parent
-        folder, file = base / self.module_name, base / f"{self.module_name}.py"
+        folder = base.joinpath(*self.module_name.split("."))
+        file = folder.with_suffix(".py")
         if file.is_file():
             return (file,)
-        if folder.is_dir():
+        if (folder / "__init__.py").is_file():
             return tuple(sorted(folder.rglob("*.py")))
-        found = importlib.util.find_spec(self.module_name) if self.namespace != NAMESPACE else None
+        found = None
+        if self.namespace != NAMESPACE:
+            with contextlib.suppress(ModuleNotFoundError):  # no parent package
+                found = importlib.util.find_spec(self.module_name)
         if found is None or found.origin is None:
             raise RegistryError(f"{self.where}: module '{self.module_name}' not found; expected the file {file}")
         origin = Path(found.origin)
@@ -201,8 +212,14 @@ def read_registry(path: str | Path, namespace: str | None = None) -> list[OpSpec
     Raises RegistryError with file:line for the first mistake, FileNotFoundError if there is no such file.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the path of a YAML file of ops")
+    text = path.read_bytes()
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(text.decode("utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise RegistryError(f"{path}:{line}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
@@ -210,7 +227,8 @@ def read_registry(path: str | Path, namespace: str | None = None) -> list[OpSpec
     if root is None:
         return []
     if not isinstance(root, yaml.SequenceNode):
-        raise RegistryError(f"{path}:1: the file must be a list of entries, each beginning with '- op: ...'")
+        line = root.start_mark.line + 1
+        raise RegistryError(f"{path}:{line}: the file must be a list of entries, each beginning with '- op: ...'")
     specs: list[OpSpec] = []
     seen: dict[str, int] = {}
     for node in root.value:
@@ -250,13 +268,17 @@ class _Entry:
                 near = difflib.get_close_matches(key, _REQUIRED + _OPTIONAL, n=1)
                 hint = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(_REQUIRED + _OPTIONAL)}"
                 raise RegistryError(f"{self.path}:{line}: unknown key '{key}'; {hint}")
-            self.lines[key], self.values[key] = line, loader.construct_object(value_node, deep=True)
+            try:
+                self.lines[key], self.values[key] = line, loader.construct_object(value_node, deep=True)
+            except yaml.YAMLError as error:
+                reason = getattr(error, "problem", None) or error
+                raise RegistryError(f"{self.path}:{line}: {key} must be plain text or a list of it: {reason}") from None
         for key in _REQUIRED:
             if key not in self.values:
                 self.fail(None, f"key '{key}' is missing; every entry needs {', '.join(_REQUIRED)}")
         public = self.decl("op", self.values["op"], "public")
         module = self.string("module")
-        if not all(part.isidentifier() for part in module.split(".")):
+        if not all(part.isidentifier() and not keyword.iskeyword(part) for part in module.split(".")):
             self.fail("module", f"module '{module}' is not a Python module name; write the file's name without .py")
         summary = self.string("summary")
         if not summary.endswith(".") or "\n" in summary:
@@ -267,7 +289,9 @@ class _Entry:
             key = "forward" if forward else "backward"
             self.fail(key, f"'{key}' without 'differentiable'; list the arguments that have a gradient, or delete it")
         if differentiable and any(a.mutated for a in public.arguments):
-            self.fail("differentiable", "an op that mutates an argument cannot be differentiable; delete one of the two")
+            self.fail(
+                "differentiable", "an op that mutates an argument cannot be differentiable; delete one of the two"
+            )
         return OpSpec(
             public=public,
             forward=forward,
@@ -330,7 +354,7 @@ class _Entry:
 
     def lesson(self) -> int | None:
         value = self.values.get("lesson")
-        if value is not None and value not in LESSONS:
+        if value is not None and (type(value) is not int or value not in LESSONS):
             self.fail("lesson", f"lesson is {value!r}; allowed: a number from {LESSONS[0]} to {LESSONS[-1]}")
         return value
 
@@ -360,7 +384,9 @@ class _Entry:
                 self.fail(key, f"'{name}' needs a namespace of your own: write 'my::{text.strip()}'")
             namespace = self.default_namespace
         elif namespace == NAMESPACE and self.default_namespace != NAMESPACE:
-            self.fail(key, f"the namespace '{NAMESPACE}' belongs to torch_triton_ops; use one of your own, 'my::{name}'")
+            self.fail(
+                key, f"the namespace '{NAMESPACE}' belongs to torch_triton_ops; use one of your own, 'my::{name}'"
+            )
         if namespace == NAMESPACE and name in RESERVED:
             self.fail(key, f"the name '{name}' is used by another vendor's plugin in '{NAMESPACE}'; choose another")
         arguments = tuple(
@@ -393,8 +419,9 @@ def _import_module(spec: OpSpec) -> ModuleType:
         ) from error
     if spec.namespace == NAMESPACE:
         return importlib.import_module(f"torch_triton_ops.ops.{spec.module_name}")
-    file = spec.file.parent / f"{spec.module_name}.py"
-    if not file.is_file():
+    base = spec.file.parent.joinpath(*spec.module_name.split("."))
+    file = next((f for f in (base.with_suffix(".py"), base / "__init__.py") if f.is_file()), None)
+    if file is None:
         return importlib.import_module(spec.module_name)
     # A user's file beside the YAML. Found by path, so it need not be on sys.path; named after it, so that it may be.
     if spec.module_name not in sys.modules:

@@ -1,0 +1,209 @@
+"""Is an output right? Every impl's outputs and gradients against fp64, by the op's own reference, slice by slice where it is big."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Function = Callable[..., Any]
+Index = tuple[Any, ...]
+
+
+@dataclass
+class InputSet:
+    """One call's inputs. `leaves` are the inputs that want a gradient, `upstream` the gradient of each floating output."""
+
+    arguments: dict[str, Any]
+    leaves: dict[str, torch.Tensor] = field(default_factory=dict)
+    upstream: list[torch.Tensor | None] = field(default_factory=list)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (*self.arguments.values(), *self.upstream) if isinstance(t, torch.Tensor)]
+
+    def clone(self) -> InputSet:
+        """The same values in other memory."""
+        arguments = {n: _clone(v) if isinstance(v, torch.Tensor) else v for n, v in self.arguments.items()}
+        upstream = [None if g is None else _clone(g) for g in self.upstream]
+        return InputSet(arguments, {n: arguments[n] for n in self.leaves}, upstream)
+
+    def copy_(self, other: InputSet) -> None:
+        """Take the values of `other`."""
+        with torch.no_grad():
+            for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+                mine.copy_(theirs)
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(tensor.requires_grad)
+
+
+def flatten(outputs: Any) -> list[torch.Tensor]:
+    """An op's outputs as a list."""
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def gradients(outputs: Sequence[torch.Tensor], inputs: InputSet, retain_graph: bool = False) -> list[torch.Tensor]:
+    """torch.autograd.grad of the outputs that have a gradient, for all leaves, with the set's upstream gradients."""
+    pairs = [(o, g) for o, g in zip(outputs, inputs.upstream, strict=True) if o.requires_grad and g is not None]
+    return list(
+        torch.autograd.grad(
+            [o for o, _ in pairs], list(inputs.leaves.values()), [g for _, g in pairs], retain_graph=retain_graph
+        )
+    )
+
+
+def forward_backward(function: Function, inputs: InputSet) -> list[torch.Tensor]:
+    """Outputs, then gradients. Outputs alone where nothing wants a gradient."""
+    outputs = flatten(function(**inputs.arguments))
+    if not inputs.leaves:
+        return outputs
+    return [*(o.detach() for o in outputs), *gradients(outputs, inputs)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The reference in slices
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _attention_slices(arguments: dict[str, Any]) -> Iterator[tuple[dict[str, Index], list[Index]]]:
+    """One (batch, key head) at a time: the scores of a whole batch in fp64 do not fit."""
+    q, k = arguments["q"], arguments["k"]
+    group = q.shape[1] // k.shape[1]
+    for b in range(k.shape[0]):
+        for h in range(k.shape[1]):
+            queries = (slice(b, b + 1), slice(h * group, (h + 1) * group))
+            keys = (slice(b, b + 1), slice(h, h + 1))
+            yield {"q": queries, "k": keys, "v": keys}, [queries]
+
+
+# op -> slices of its tensors that can be computed alone, with the slice of each output
+_SLICES: dict[str, Callable[[dict[str, Any]], Iterator[tuple[dict[str, Index], list[Index]]]]] = {
+    "flash_attn": _attention_slices
+}
+
+
+def _sliceable(op: str, inputs: InputSet) -> bool:
+    if op not in _SLICES:
+        return False
+    first, _ = next(_SLICES[op](inputs.arguments))
+    return all(name in first for name, value in inputs.arguments.items() if isinstance(value, torch.Tensor))
+
+
+def reference_values(op: str, reference: Function, inputs: InputSet, dtype: torch.dtype | None) -> list[torch.Tensor]:
+    """Outputs and gradients of the op's reference, computed in `dtype` (None: as the inputs are)."""
+
+    def cast(t: torch.Tensor) -> torch.Tensor:
+        return t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t.detach()
+
+    def part(indices: dict[str, Index], outputs: list[Index] | None) -> InputSet:
+        arguments = {
+            n: cast(v[indices.get(n, ())]) if isinstance(v, torch.Tensor) else v for n, v in inputs.arguments.items()
+        }
+        leaves = {n: arguments[n].requires_grad_() for n in inputs.leaves}
+        upstream = [
+            None if g is None else cast(g if outputs is None else g[outputs[i]]) for i, g in enumerate(inputs.upstream)
+        ]
+        return InputSet(arguments, leaves, upstream)
+
+    if not _sliceable(op, inputs):
+        return [t.detach() for t in forward_backward(reference, part({}, None))]
+
+    whole: list[torch.Tensor] = []
+    for indices, outputs in _SLICES[op](inputs.arguments):
+        values = [t.detach() for t in forward_backward(reference, part(indices, outputs))]
+        places = [*outputs, *(indices[n] for n in inputs.leaves)]
+        if not whole:
+            q = inputs.arguments["q"]
+            like = [q] * len(outputs) + list(inputs.leaves.values())
+            whole = [
+                torch.empty((*t.shape[:-1], v.shape[-1]), dtype=v.dtype, device=v.device)
+                for t, v in zip(like, values, strict=True)
+            ]
+        for target, place, value in zip(whole, places, values, strict=True):
+            target[place] = value
+    return whole
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The verdict
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Expected:
+    """What the outputs must be, and how far torch itself is from it at the inputs' precision."""
+
+    values: list[torch.Tensor]
+    against: str  # "fp64" or "fp32"
+    torch_error: list[tuple[float, float]]  # relative L2 error and largest absolute error of each output
+
+
+def expect(op: str, reference: Function, inputs: InputSet) -> Expected:
+    """The op's reference in fp64; in fp32 where fp64 does not fit. Raises OutOfMemoryError where neither does."""
+    try:
+        values, against = reference_values(op, reference, inputs, torch.float64), "fp64"
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        values, against = reference_values(op, reference, inputs, torch.float32), "fp32"
+    plain = reference_values(op, reference, inputs, None)
+    return Expected(values, against, [_errors(p, v) for p, v in zip(plain, values, strict=True)])
+
+
+def _errors(value: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """Relative L2 error and largest absolute error; infinite where one is NaN or infinite and the other is not so."""
+    if value.numel() == 0:
+        return 0.0, 0.0
+    square = scale = largest = 0.0
+    # in pieces: a whole fp64 difference of a gigabyte tensor would be two more of them
+    for got, want in zip(_pieces(value), _pieces(expected), strict=True):
+        got, want = got.to(want.dtype) if want.is_floating_point() else got.double(), want
+        want = want if want.is_floating_point() else want.double()
+        difference = torch.where(got == want, torch.zeros_like(want), got - want)  # equal infinities differ by nothing
+        square += difference.square().sum().item()
+        scale += torch.where(want.isfinite(), want, torch.zeros_like(want)).square().sum().item()
+        piece = difference.abs().max().item()  # NaN spreads through max
+        largest = piece if math.isnan(piece) else max(largest, piece)
+        if math.isnan(largest) or math.isinf(largest):
+            return math.inf, math.inf
+    return math.sqrt(square / scale) if scale else math.sqrt(square), largest
+
+
+def _pieces(tensor: torch.Tensor, elements: int = 2**26) -> tuple[torch.Tensor, ...]:
+    if tensor.dim() == 0 or tensor.numel() <= elements:
+        return (tensor,)
+    return tensor.split(max(1, elements * tensor.shape[0] // tensor.numel()))
+
+
+def verdict(got: Sequence[torch.Tensor], expected: Expected) -> dict[str, Any]:
+    """The record's `check`: every output within four times torch's own error and four roundings, in norm and at its worst.
+
+    This catches wrong results of anybody's kernels; the tight error budget of our own ops is the conformance suite's.
+    """
+    base: dict[str, Any] = {"against": expected.against}
+    if len(got) != len(expected.values):
+        return base | {"passed": False, "reason": f"{len(got)} results instead of {len(expected.values)}"}
+    worst, worst_torch = 0.0, 0.0
+    for i, (value, want, (torch_rel, torch_max)) in enumerate(
+        zip(got, expected.values, expected.torch_error, strict=True)
+    ):
+        if value.shape != want.shape:
+            return base | {"passed": False, "reason": f"result {i}: shape {tuple(value.shape)}, not {tuple(want.shape)}"}
+        eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+        rel, largest = _errors(value, want)
+        top = want[want.isfinite()].abs().max().item() if eps and want.isfinite().any() else 0.0
+        worst, worst_torch = max(worst, rel), max(worst_torch, torch_rel)
+        if not rel <= 4 * torch_rel + 4 * eps:
+            text = f"result {i}: relative error {rel:.2e}, torch's own {torch_rel:.2e}"
+            return base | {"passed": False, "reason": text, "rel_error": _finite(rel)}
+        if not largest <= 4 * torch_max + 8 * eps * top:
+            text = f"result {i}: largest error {largest:.2e} of {top:.2e}, torch's own {torch_max:.2e}"
+            return base | {"passed": False, "reason": text, "rel_error": _finite(rel)}
+    return base | {"passed": True, "rel_error": worst, "torch_rel_error": worst_torch}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
