@@ -1,4 +1,4 @@
-"""op_registry.yaml -> OpSpec, strictly: an unknown key, a bad schema or a duplicate is an error with file:line and the fix.
+"""op_registry.yaml -> OpSpec, strictly: an unknown key, a bad schema, a duplicate raises with file:line and the fix.
 
 Reading the registry imports no op and registers nothing; `register.py` does.
 """
@@ -189,7 +189,7 @@ def spec(name: str) -> OpSpec:
 
 
 def source_hash(spec: OpSpec) -> str:
-    """Hash of what decides the op's behaviour on a GPU: its own files, its schemas, the launcher and the registration."""
+    """Hash of what decides the op's behaviour on a GPU: its own files and schemas, the launcher, the registration."""
     digest = hashlib.sha256("\n".join(f"{d.kind} {d.schema}" for d in spec.decls).encode())
     digest.update(f"{spec.visibility} {spec.differentiable} {spec.autocast}".encode())
     for file in (*spec.module_files(), PACKAGE / "launch.py", PACKAGE / "register.py"):
