@@ -112,6 +112,11 @@ def recording(target: int) -> Iterator[Recording]:
         _state.recording = previous
 
 
+def is_recording() -> bool:
+    """Whether this thread records launches."""
+    return _state.recording is not None
+
+
 @contextlib.contextmanager
 def inlining() -> Iterator[None]:
     """Launch through `wrap_triton` in this thread: torch.compile is looking."""

@@ -72,7 +72,7 @@ def _extend_compile_cache_key(specs: Sequence[OpSpec]) -> None:
     files = {file for spec in specs for file in spec.module_files()} | set(registry.PACKAGE.glob("*.py"))
     for file in sorted(files):
         digest.update(file.read_bytes())
-    import torch.compiler.config as config
+    from torch.compiler import config
 
     config.cache_key_tag += f";{specs[0].namespace if specs else ''}={digest.hexdigest()[:16]}"
 
@@ -157,19 +157,23 @@ class _Registration:
         """The function `<op><suffix>` of the module, behind the checks if it is public; the module is imported on first use."""
         function: Callable[..., Any] | None = None
         op_check: Callable[..., Any] | None = None
-        public = decl.kind == "public"
+        launcher: Callable[..., Any] | None = None
+        public, fake = decl.kind == "public", suffix == "_fake"
         bind, check_tensors = self.bind, self.check_tensors
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
-            nonlocal function, op_check
+            nonlocal function, op_check, launcher
             if function is None:
                 module = self.spec.module
                 op_check = getattr(module, f"{self.spec.name}_check", None)
                 function = getattr(module, f"{decl.name}{suffix}")
+                launcher = getattr(module, decl.name)
             if public:
                 check_tensors(bind(args, kwargs))
                 if op_check is not None:
                     op_check(*args, **kwargs)
+            if fake and _recording():
+                return launcher(*args, **kwargs)  # type: ignore[misc]
             return function(*args, **kwargs)
 
         kernel.__name__ = kernel.__qualname__ = f"{decl.name}{suffix}"
@@ -311,6 +315,12 @@ class _Registration:
         from torch_triton_ops import distributed
 
         distributed.register(self.spec)
+
+
+def _recording() -> bool:
+    """Whether launches are being recorded: then an op on meta tensors runs its launcher, through its gradient too."""
+    launch = sys.modules.get("torch_triton_ops.launch")
+    return launch is not None and launch.is_recording()
 
 
 def _inlining_rule(launcher: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,75 @@
+"""Every kernel, at every config that the benchmark cases and samples reach, compiled for GPUs that are not there.
+
+Fails on register spills, on serialised wgmma (ptxas C75xx) and on shared memory past the target's limit.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import torch_triton_ops
+from torch_triton_ops import launch as tt_launch
+from torch_triton_ops import offline
+
+pytestmark = pytest.mark.skipif(tt_launch.INTERPRET, reason="the interpreter replaces the compiler")
+
+
+def calls(spec, target):
+    """(args, kwargs) on the meta device: every benchmark case; for one target also the samples, in half precision."""
+    for case in spec.function("bench_cases")():
+        yield case.make("meta", case.dtype)
+    if target == 90:
+        for sample in spec.function("samples")("meta", torch.bfloat16):
+            yield sample.args, sample.kwargs
+
+
+def forward_and_backward(spec, args, kwargs):
+    def leaf(value):
+        wanted = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.detach().requires_grad_() if wanted else value
+
+    names = [a.name for a in spec.arguments]
+    args = [leaf(a) if names[i] in spec.differentiable else a for i, a in enumerate(args)]
+    spec.op(*args, **kwargs)
+    with torch.no_grad():
+        spec.op(*args, **kwargs)
+    out = spec.op(*args, **kwargs)
+    outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+    inputs = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    if outputs:
+        torch.autograd.grad(outputs, inputs, [torch.empty_like(o) for o in outputs])
+
+
+@pytest.mark.parametrize("target", offline.TARGETS, ids=lambda t: f"sm{t}")
+@pytest.mark.parametrize("spec", torch_triton_ops.specs(), ids=lambda s: s.name)
+def test_compiles_clean(spec, target):
+    def run():
+        for args, kwargs in calls(spec, target):
+            forward_and_backward(spec, args, kwargs)
+
+    launches = offline.record(run, target)
+    assert launches, f"{spec.qualname} recorded no launch"
+    faults = {}
+    for launch in launches:
+        found = offline.compile_launch(launch, target).faults()
+        if found:
+            faults[f"{launch.kernel.__name__} {launch.constexprs} {launch.options}"] = found
+    assert not faults, "\n".join(f"{k}: {v}" for k, v in faults.items())
+
+
+def test_the_gate_sees_a_spill(spilling_launch):
+    compiled = offline.compile_launch(spilling_launch, 90)
+    assert compiled.spilled > 0
+    assert "spills" in " ".join(compiled.faults())
+
+
+@pytest.fixture
+def spilling_launch():
+    """A row of 2**17 elements held by one warp cannot fit into registers."""
+    from torch_triton_ops.ops import rms_norm
+
+    x = torch.empty(4, 2**14, device="meta")
+    launch = offline.record(lambda: rms_norm.rms_norm(x), 90)[0]
+    constexprs = launch.constexprs | {"BLOCK_M": 1, "BLOCK_N": 2**15}
+    return tt_launch.Launch(launch.kernel, launch.grid, launch.args, constexprs, {"num_warps": 1, "num_stages": 1})
