@@ -288,7 +288,8 @@ def test_a_correct_user_file_works(tmp_path: Path) -> None:
     out = getattr(torch.ops, NAMESPACE).correct(x, factor=3.0)
     torch.testing.assert_close(out, 3 * x)
     assert registry.spec(f"{NAMESPACE}::correct") is spec
-    assert spec not in specs() and spec in specs(None)
+    assert spec not in specs()
+    assert spec in specs(None)
 
 
 def test_module_may_be_a_package_beside_the_file(tmp_path: Path) -> None:
@@ -447,7 +448,8 @@ def test_shipped_entry(spec: registry.OpSpec) -> None:
     assert spec.module, "imported, and every function agrees with its schema"
     assert spec.lesson in registry.LESSONS, "every shipped op is taught somewhere"
     source = urlsplit(spec.source or "")
-    assert source.scheme == "https" and "." in source.netloc, spec.source
+    assert source.scheme == "https", spec.source
+    assert "." in source.netloc, spec.source
     for suffix in ("samples", "error_samples", "bench_cases", "cost"):
         assert spec.function(suffix), f"{spec.name}_{suffix} is missing"
     assert len(registry.source_hash(spec)) == 16
