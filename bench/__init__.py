@@ -1,1 +1,1 @@
-"""The benchmark: the registry's cases, ours beside what a user would pick instead, measured fairly. See bench/README.md."""
+"""The benchmark: the registry's cases, ours beside what a user would pick instead. See bench/README.md."""

@@ -1,7 +1,8 @@
-"""Is an output right? Every impl's outputs and gradients against fp64, by the op's own reference, slice by slice where it is big."""
+"""Is an output right? Every impl's outputs and gradients against fp64, by the op's own reference."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,21 @@ Index = tuple[Any, ...]
 
 @dataclass
 class InputSet:
-    """One call's inputs. `leaves` are the inputs that want a gradient, `upstream` the gradient of each floating output."""
+    """One call's inputs. `leaves` are the inputs that want a gradient, `upstream` the gradient of each floating output.
+
+    `arguments` is in the schema's order; the first `positional` of them are passed by position, as a user would.
+    """
 
     arguments: dict[str, Any]
+    positional: int
     leaves: dict[str, torch.Tensor] = field(default_factory=dict)
     upstream: list[torch.Tensor | None] = field(default_factory=list)
+
+    def call(self, function: Function) -> list[torch.Tensor]:
+        """The function's outputs as a list."""
+        values = list(self.arguments.values())[: self.positional]
+        named = dict(list(self.arguments.items())[self.positional :])
+        return flatten(function(*values, **named))
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for t in (*self.arguments.values(), *self.upstream) if isinstance(t, torch.Tensor)]
@@ -28,13 +39,12 @@ class InputSet:
         """The same values in other memory."""
         arguments = {n: _clone(v) if isinstance(v, torch.Tensor) else v for n, v in self.arguments.items()}
         upstream = [None if g is None else _clone(g) for g in self.upstream]
-        return InputSet(arguments, {n: arguments[n] for n in self.leaves}, upstream)
+        return InputSet(arguments, self.positional, {n: arguments[n] for n in self.leaves}, upstream)
 
     def copy_(self, other: InputSet) -> None:
         """Take the values of `other`."""
-        with torch.no_grad():
-            for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-                mine.copy_(theirs)
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.data.copy_(theirs)  # .data: a graph kept for its backward must not take this for a modification
 
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,7 +68,7 @@ def gradients(outputs: Sequence[torch.Tensor], inputs: InputSet, retain_graph: b
 
 def forward_backward(function: Function, inputs: InputSet) -> list[torch.Tensor]:
     """Outputs, then gradients. Outputs alone where nothing wants a gradient."""
-    outputs = flatten(function(**inputs.arguments))
+    outputs = inputs.call(function)
     if not inputs.leaves:
         return outputs
     return [*(o.detach() for o in outputs), *gradients(outputs, inputs)]
@@ -70,17 +80,18 @@ def forward_backward(function: Function, inputs: InputSet) -> list[torch.Tensor]
 
 
 def _attention_slices(arguments: dict[str, Any]) -> Iterator[tuple[dict[str, Index], list[Index]]]:
-    """One (batch, key head) at a time: the scores of a whole batch in fp64 do not fit."""
+    """One (batch, query head) at a time: the scores of a whole batch in fp64 do not fit."""
     q, k = arguments["q"], arguments["k"]
     group = q.shape[1] // k.shape[1]
-    for b in range(k.shape[0]):
-        for h in range(k.shape[1]):
-            queries = (slice(b, b + 1), slice(h * group, (h + 1) * group))
-            keys = (slice(b, b + 1), slice(h, h + 1))
-            yield {"q": queries, "k": keys, "v": keys}, [queries]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            query = (slice(b, b + 1), slice(h, h + 1))
+            key = (slice(b, b + 1), slice(h // group, h // group + 1))
+            yield {"q": query, "k": key, "v": key}, [query]
 
 
-# op -> slices of its tensors that can be computed alone, with the slice of each output
+# op -> slices of its tensors that can be computed alone, with the slice of each output. Gradients of overlapping slices
+# add up.
 _SLICES: dict[str, Callable[[dict[str, Any]], Iterator[tuple[dict[str, Index], list[Index]]]]] = {
     "flash_attn": _attention_slices
 }
@@ -107,7 +118,7 @@ def reference_values(op: str, reference: Function, inputs: InputSet, dtype: torc
         upstream = [
             None if g is None else cast(g if outputs is None else g[outputs[i]]) for i, g in enumerate(inputs.upstream)
         ]
-        return InputSet(arguments, leaves, upstream)
+        return InputSet(arguments, inputs.positional, leaves, upstream)
 
     if not _sliceable(op, inputs):
         return [t.detach() for t in forward_backward(reference, part({}, None))]
@@ -117,14 +128,16 @@ def reference_values(op: str, reference: Function, inputs: InputSet, dtype: torc
         values = [t.detach() for t in forward_backward(reference, part(indices, outputs))]
         places = [*outputs, *(indices[n] for n in inputs.leaves)]
         if not whole:
-            q = inputs.arguments["q"]
-            like = [q] * len(outputs) + list(inputs.leaves.values())
+            shapes = [inputs.arguments["q"].shape] * len(outputs) + [leaf.shape for leaf in inputs.leaves.values()]
             whole = [
-                torch.empty((*t.shape[:-1], v.shape[-1]), dtype=v.dtype, device=v.device)
-                for t, v in zip(like, values, strict=True)
+                # sums of half precision in fp32: one rounding of the sum, not one of each term, is torch's own error
+                torch.zeros(
+                    (*shape[:-1], v.shape[-1]), dtype=torch.promote_types(v.dtype, torch.float32), device=v.device
+                )
+                for shape, v in zip(shapes, values, strict=True)
             ]
         for target, place, value in zip(whole, places, values, strict=True):
-            target[place] = value
+            target[place] += value
     return whole
 
 
@@ -144,9 +157,10 @@ class Expected:
 
 def expect(op: str, reference: Function, inputs: InputSet) -> Expected:
     """The op's reference in fp64; in fp32 where fp64 does not fit. Raises OutOfMemoryError where neither does."""
-    try:
-        values, against = reference_values(op, reference, inputs, torch.float64), "fp64"
-    except torch.cuda.OutOfMemoryError:
+    values, against = None, "fp64"
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):  # no handler: its traceback would hold what did fit
+        values = reference_values(op, reference, inputs, torch.float64)
+    if values is None:
         torch.cuda.empty_cache()
         values, against = reference_values(op, reference, inputs, torch.float32), "fp32"
     plain = reference_values(op, reference, inputs, None)
@@ -179,7 +193,7 @@ def _pieces(tensor: torch.Tensor, elements: int = 2**26) -> tuple[torch.Tensor, 
 
 
 def verdict(got: Sequence[torch.Tensor], expected: Expected) -> dict[str, Any]:
-    """The record's `check`: every output within four times torch's own error and four roundings, in norm and at its worst.
+    """The record's `check`: each output within four times torch's own error and a few roundings, in norm and at worst.
 
     This catches wrong results of anybody's kernels; the tight error budget of our own ops is the conformance suite's.
     """
@@ -191,7 +205,10 @@ def verdict(got: Sequence[torch.Tensor], expected: Expected) -> dict[str, Any]:
         zip(got, expected.values, expected.torch_error, strict=True)
     ):
         if value.shape != want.shape:
-            return base | {"passed": False, "reason": f"result {i}: shape {tuple(value.shape)}, not {tuple(want.shape)}"}
+            return base | {
+                "passed": False,
+                "reason": f"result {i}: shape {tuple(value.shape)}, not {tuple(want.shape)}",
+            }
         eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
         rel, largest = _errors(value, want)
         top = want[want.isfinite()].abs().max().item() if eps and want.isfinite().any() else 0.0

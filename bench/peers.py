@@ -1,7 +1,7 @@
-"""What a user would pick instead of each op, behind the op's own signature. Peers are optional and imported on first use.
+"""What a user would pick instead of each op, behind the op's own signature. Peers are optional, imported on first use.
 
-Every peer function takes the public op's arguments and returns the public op's outputs; an argument that it does not know
-raises `Unsupported`, which the record keeps as the reason why there is no number.
+Every peer function takes the public op's arguments and returns the public op's outputs; an argument that it does not
+know raises `Unsupported`, which the record keeps as the reason why there is no number.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Unsupported(Exception):
 class Impl:
     """One column of the record.
 
-    `in_place` names the passes in which it overwrites its inputs: it then works on copies of its own. `not_captured` names
-    those in which it is timed by events: a host synchronisation, or inputs that must be restored before every call.
+    `in_place` names the passes in which it overwrites its inputs: it then works on copies of its own. `not_captured`
+    names those in which it is timed by events: a host synchronisation, or inputs to restore before every call.
     """
 
     name: str
@@ -93,14 +93,19 @@ def unavailable(name: str) -> str | None:
             _unavailable[name] = ""
         except ModuleNotFoundError as error:
             known = error.name is not None and (module + ".").startswith(error.name + ".")
-            _unavailable[name] = f"not installed (pip install {distribution})" if known else f"cannot be imported: {error}"
+            _unavailable[name] = (
+                f"not installed (pip install {distribution})" if known else f"cannot be imported: {error}"
+            )
         except Exception as error:
             _unavailable[name] = f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return _unavailable[name] or None
 
 
 def find(op: str, ours: Function, reference: Function, names: tuple[str, ...]) -> Found:
-    """`tt` and the peers of `names` that have a counterpart of `op`. `reference` is the eager peer unless one is given here."""
+    """`tt` and the peers of `names` that have a counterpart of `op`.
+
+    `reference` is the eager peer of an op that has none in this file.
+    """
     found = Found([Impl("tt", ours)])
     eager_entry = _ENTRIES.get((op, "eager"))
     eager = eager_entry.build() if eager_entry is not None else reference
@@ -238,7 +243,10 @@ def _plain_attention(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) 
     for name in ("window_left", "window_right", "softcap", "alibi_slopes", "attn_bias", "sinks"):
         value = options.get(name, off.get(name))
         _need(not isinstance(value, torch.Tensor) and value == off.get(name), f"no {name}")
-    _need(not options.get("causal", False) or q.shape[-2] == k.shape[-2], "causal with unequal lengths is aligned otherwise")
+    _need(
+        not options.get("causal", False) or q.shape[-2] == k.shape[-2],
+        "causal with unequal lengths is aligned otherwise",
+    )
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
@@ -316,8 +324,8 @@ def _rms_norm_liger() -> Function:
     return call
 
 
-# The backward writes its gradients over gate and up; replayed on its own results the data would decay, so it is timed by
-# events, the inputs restored before every call.
+# The backward writes its gradients over gate and up. Replayed on its own results the data would decay, so it is timed
+# by events, the inputs restored before every call.
 @_peer("swiglu", "liger", in_place=("bwd", "fwdbwd"), not_captured=("bwd", "fwdbwd"))
 def _swiglu_liger() -> Function:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction

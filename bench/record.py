@@ -1,6 +1,6 @@
 """The benchmark record: its rows, merging op by op, ratios, the printed table, the comparison of two records.
 
-{"header": {...}, "stamps": {id: header of an earlier run}, "rows": [...]}; every row's `measured` names the stamp it belongs to.
+{"header": {...}, "stamps": {id: header of that run}, "rows": [...]}; a row's `measured` names the stamp of its run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def merge(old: Record | None, new: Record, whole_ops: Iterable[str]) -> Record:
     if old is None:
         return new
     if old["header"]["gpu"] != new["header"]["gpu"]:
-        raise RecordError(f"the record is of {old['header']['gpu']}, this machine has {new['header']['gpu']}; use another --json")
+        raise RecordError(
+            f"the record is of {old['header']['gpu']}, this machine has {new['header']['gpu']}; use another --json"
+        )
     whole = set(whole_ops)
     measured = {_group(row) for row in new["rows"]}
     kept = [row for row in old["rows"] if row["op"] not in whole and _group(row) not in measured]
@@ -137,7 +139,7 @@ def rate(flops: int, nbytes: int, ms: float, copy_tbps: float, matmul_tflops: fl
 def add_ratios(rows: list[Row], rounds: dict[str, Sequence[float]]) -> None:
     """Give `tt`'s row of one (op, case, pass) its speed-up over the best peer: above one means that ours is faster.
 
-    `rounds`: each impl's milliseconds in every round. The ratio of medians, with the extremes of the ratio in each round.
+    `rounds`: each impl's milliseconds in every round. The ratio of medians, and the extremes of the rounds' ratios.
     """
     peers = [row for row in rows if row["impl"] != "tt" and valid(row)]
     for row in rows:
@@ -189,7 +191,7 @@ def _rate_text(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line for each (op, case, pass): every impl's rate, and ours against the best peer. "-": absent, "x": failed."""
+    """One line for each (op, case, pass): every impl's rate, ours against the best peer. "-": absent, "x": failed."""
     impls = list(dict.fromkeys(["tt", *(row["impl"] for row in rows)]))
     lines = [["op", "case", "dtype", "pass", "unit", *impls, "of limit", "x best peer"]]
     for (op, case, dtype, pass_name), group in groups(rows).items():
@@ -204,7 +206,7 @@ def table(rows: Sequence[Row]) -> str:
             elif "error" in row or ("ms" in row and not valid(row)) or unit not in row:
                 cells.append("x")
             else:
-                cells.append(f"{row[unit]:.3g}" + ("*" if row.get("method", "graph") != "graph" else ""))
+                cells.append(f"{row[unit]:.3g}" + ("*" if row.get("method", "").startswith("events") else ""))
         ours = by_impl.get("tt", {})
         fraction = f"{100 * ours['fraction_of_limit']:.0f}%" if "fraction_of_limit" in ours and valid(ours) else ""
         ratio = f"{ours['ratio_to_best_peer']:.2f} {ours['best_peer']}" if "ratio_to_best_peer" in ours else ""

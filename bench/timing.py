@@ -1,7 +1,7 @@
-"""Clocks: GPU time by CUDA-graph replay over rotated inputs, by events with an L2 flush, host time, peak memory, limits.
+"""Clocks: GPU time by CUDA-graph replay over rotated inputs or by events with an L2 flush, host time, memory, limits.
 
-Knows no op. A timer takes `prepare`, which returns one closure per input set; each closure makes one call and returns its
-output tensors. Everything that happens once (compilation, autotuning, capture) happens in a timer's constructor.
+Knows no op. A timer takes `prepare`, which returns one closure per input set; each closure makes one call and returns
+its output tensors. What happens once (compilation, autotuning, capture) happens in a timer's constructor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def rotation_bytes(l2_bytes: int) -> int:
 
 
 def rotation_count(bytes_per_set: int, target: int, free_bytes: int) -> int:
-    """Number of input sets: enough to exceed `target` bytes, no more than MAX_SETS or than a quarter of the free memory."""
+    """Number of input sets: enough to exceed `target` bytes, at most MAX_SETS and a quarter of the free memory."""
     per_set = max(bytes_per_set, 1)
     wanted = target // per_set + 1 if per_set <= target else 1
     return max(1, min(wanted, MAX_SETS, free_bytes // 4 // per_set))
@@ -71,7 +71,7 @@ class GraphTimer:
 
     def __init__(self, prepare: Prepare, budget_ms: float) -> None:
         self.method = "graph"
-        # A capture wants a stream of its own, and a backward runs on the stream of its forward: all of it happens on this one.
+        # A capture wants a stream of its own, and a backward runs on its forward's stream: all happens on this one.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -83,7 +83,7 @@ class GraphTimer:
         torch.cuda.synchronize()
         self.calls = calls  # keeps what the graph reads alive: inputs, retained graphs
         self.count = calls_per_graph(estimate, len(calls))
-        # One slot of outputs for each input set: outputs rotate through memory too, instead of being rewritten in the L2.
+        # One slot of outputs for each input set: outputs rotate through memory too, or they would stay in the L2.
         self.slots: list[Sequence[torch.Tensor]] = [()] * len(calls)
         self.graph = torch.cuda.CUDAGraph()
         self._capture(stream)
@@ -98,7 +98,7 @@ class GraphTimer:
                 for i in range(self.count):
                     self.slots[i % len(self.calls)] = self.calls[i % len(self.calls)]()
         except BaseException:
-            # A failed capture leaves the generator waiting for the capture's end: every later random number would raise.
+            # A failed capture leaves the generator waiting for its end: every later random number would raise.
             generator.graphsafe_set_state(state)
             self.release()
             raise
@@ -110,9 +110,9 @@ class GraphTimer:
         return _elapsed_ms(lambda: [self.graph.replay() for _ in range(self.replays)]) / (self.replays * self.count)
 
     def outputs(self, protected: set[int]) -> list[torch.Tensor]:
-        """Outputs of the first set from one more replay, after they were overwritten with NaN: what is checked was written now.
+        """Outputs of the first set, overwritten with NaN and written again by one more replay.
 
-        `protected`: storage addresses of the inputs; an output that is an input (the gradient of an addition) is left alone.
+        `protected`: storage addresses of the inputs; an output that is an input (an addition's gradient) is left alone.
         """
         for out in self.slots[0]:
             if out.is_floating_point() and out.dtype.itemsize > 1 and out.untyped_storage().data_ptr() not in protected:
@@ -129,7 +129,7 @@ class GraphTimer:
 
 
 class EventTimer:
-    """One call at a time between two events, the L2 flushed before each; for what cannot be captured or overwrites its inputs.
+    """One call at a time between two events, the L2 flushed before each: for what cannot be captured.
 
     `restore` puts the inputs right again before every call, outside the timed span.
     """
@@ -195,16 +195,24 @@ def make_timer(
     torch.cuda.synchronize()
     try:
         return GraphTimer(prepare, budget_ms), None
-    except torch.cuda.OutOfMemoryError:
-        raise
     except Exception as error:
+        cause = _first_cause(error)
+        if isinstance(cause, torch.cuda.OutOfMemoryError):
+            raise cause from None
         torch.cuda.synchronize()
-        return EventTimer(prepare, budget_ms, restore), one_line(error)
+        return EventTimer(prepare, budget_ms, restore), one_line(cause)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What went wrong inside a capture: the end of the broken capture raises an error of its own over it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def host_us(call: Call, ms: float, blocks: int = 5, calls: int | None = None) -> float:
-    """Host microseconds a call: best of `blocks` loops of asynchronous calls, short enough never to fill the launch queue."""
-    count = calls if calls is not None else max(3, min(64, int(20 / max(ms, 1e-3))))
+    """Host microseconds a call: best of `blocks` loops of asynchronous calls, too short to fill the launch queue."""
+    count = calls if calls is not None else max(3, min(64, int(8 / max(ms, 1e-3))))
     call()
     best = math.inf
     for _ in range(blocks):
@@ -253,6 +261,11 @@ def rotation_target() -> int:
     return rotation_bytes(_l2_bytes())
 
 
+def free_bytes() -> int:
+    """Free memory of the current GPU."""
+    return int(torch.cuda.mem_get_info()[0])
+
+
 def _sustained_ms(body: Callable[[], object], calls: int, rounds: int) -> float:
     for _ in range(calls):
         body()
@@ -262,7 +275,7 @@ def _sustained_ms(body: Callable[[], object], calls: int, rounds: int) -> float:
 
 def copy_tbps() -> float:
     """Bandwidth of a large device copy of random bf16, bytes read and written, TB/s."""
-    numel = min(2**30, torch.cuda.mem_get_info()[0] // 16)
+    numel = min(2**30, free_bytes() // 16)
     x = torch.randn(numel, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
     return 2 * x.numel() * 2 / _sustained_ms(lambda: y.copy_(x), calls=20, rounds=7) / 1e9
@@ -278,7 +291,13 @@ def nvidia_smi(*fields: str) -> dict[str, Any]:
     """Fields of `nvidia-smi --query-gpu` for the current GPU; empty where the tool is missing or refuses."""
     try:
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", f"GPU-{uuid}"]
+        command = [
+            "nvidia-smi",
+            f"--query-gpu={','.join(fields)}",
+            "--format=csv,noheader,nounits",
+            "-i",
+            f"GPU-{uuid}",
+        ]
         line = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError):
         return {}
