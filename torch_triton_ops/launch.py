@@ -31,6 +31,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 class _State(threading.local):
     inlining = 0
     recording: Recording | None = None
+    watching = False  # either of the two: the one thing that the hot path asks
 
 
 _state = _State()
@@ -106,10 +107,12 @@ class Launch:
 def recording(target: int) -> Iterator[Recording]:
     """Record launches for compute capability `target` (80, 90, 100) in this thread instead of running them."""
     previous, _state.recording = _state.recording, Recording(target)
+    _state.watching = True
     try:
         yield _state.recording
     finally:
         _state.recording = previous
+        _state.watching = previous is not None or _state.inlining > 0
 
 
 def is_recording() -> bool:
@@ -121,10 +124,12 @@ def is_recording() -> bool:
 def inlining() -> Iterator[None]:
     """Launch through `wrap_triton` in this thread: torch.compile is looking."""
     _state.inlining += 1
+    _state.watching = True
     try:
         yield
     finally:
         _state.inlining -= 1
+        _state.watching = _state.recording is not None or _state.inlining > 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -171,6 +176,70 @@ def launch(
 
     args: the kernel's run-time arguments in order: tensors, ints, None, `descriptor`s. constexprs: by keyword.
     """
+    if _state.watching or INTERPRET:
+        return _launch_otherwise(kernel, grid, args, num_warps, num_stages, constexprs)
+    # The hot path: one frame, because each costs. The key holds at least everything that Triton specialises a kernel on (dtype
+    # and 16-byte alignment of a pointer; width, 1 and divisibility by 16 of an int; every constexpr and option): a finer key
+    # costs a dictionary entry, a coarser one would be a wrong result.
+    key: list[Any] = [num_warps, num_stages, *constexprs, *constexprs.values()]
+    values: list[Any] = []
+    device = -1
+    described = False
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            pointer = a.data_ptr()
+            values.append(pointer)
+            key.append(a.dtype)
+            key.append(pointer % 16 == 0)
+            index = a.get_device()
+            if index != device:
+                if device >= 0 or index < 0:
+                    raise RuntimeError(f"{kernel.__name__}: its tensors must all be on one GPU; one is on {a.device}")
+                device = index
+        elif type(a) is int:
+            values.append(a)
+            key.append(1 if a == 1 else (a % 16 == 0, -_MAX_INT32 <= a <= _MAX_INT32))
+        elif type(a) is Descriptor:
+            values.append(a)
+            key.append((a.base.dtype, a.block_shape))
+            device = a.base.get_device()
+            described = True
+        else:
+            values.append(a)
+            key.append((type(a), a) if a is None or type(a) is bool else type(a))
+    key.append(device)
+    if 0 in grid:
+        return None
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+    entry = _started.get(id(kernel))
+    if entry is None:
+        entry = _started[id(kernel)] = (kernel, {})
+    start = entry[1].get(tuple(key))
+    if start is None or _HOOKS[0].calls or _HOOKS[1].calls:  # a profiler listens: Triton's own way tells it
+        compiled = kernel[grid](*_for_triton(args), **constexprs, num_warps=num_warps, num_stages=num_stages)
+        if _DIRECT and start is None and compiled is not None:
+            entry[1][tuple(key)] = _direct_start(kernel, compiled, constexprs)
+        return None
+    c_launcher, head, tail, encode = start
+    if described:
+        values = encode(values)
+    y = grid[1] if len(grid) > 1 else 1
+    z = grid[2] if len(grid) > 2 else 1
+    c_launcher(grid[0], y, z, torch._C._cuda_getCurrentRawStream(device), *head, *values, *tail)
+    return None
+
+
+def _launch_otherwise(
+    kernel: JITFunction,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    num_warps: int,
+    num_stages: int,
+    constexprs: dict[str, Any],
+) -> None:
+    """Inlining, recording and the interpreter."""
     if _state.inlining:
         from torch.library import wrap_triton
 
@@ -178,12 +247,8 @@ def launch(
     elif _state.recording is not None:
         options = {"num_warps": num_warps, "num_stages": num_stages}
         _state.recording.launches.append(Launch(kernel, tuple(grid), args, constexprs, options))
-    elif 0 in grid:
-        return
-    elif INTERPRET:
+    elif 0 not in grid:
         kernel[grid](*_for_triton(args), **constexprs)
-    else:
-        _launch_cuda(kernel, grid, args, num_warps, num_stages, constexprs)
 
 
 def _for_triton(args: tuple[Any, ...]) -> list[Any]:
@@ -199,79 +264,16 @@ _started: dict[int, tuple[JITFunction, dict[tuple[Any, ...], Any]]] = {}
 _MAX_INT32 = 2**31 - 1
 
 
-def _launch_cuda(
-    kernel: JITFunction,
-    grid: tuple[int, ...],
-    args: tuple[Any, ...],
-    num_warps: int,
-    num_stages: int,
-    constexprs: dict[str, Any],
-) -> None:
-    # The key holds at least everything that Triton specialises a kernel on (dtype and 16-byte alignment of a pointer; width,
-    # 1 and divisibility by 16 of an int; every constexpr and option): finer costs a dictionary entry, coarser a wrong result.
-    key: list[Any] = [num_warps, num_stages, *constexprs.items()]
-    values: list[Any] = []
-    device = -1
-    for a in args:
-        if isinstance(a, torch.Tensor):
-            pointer = a.data_ptr()
-            values.append(pointer)
-            key.append(a.dtype)
-            key.append(pointer % 16 == 0)
-            index = a.get_device()
-            if index != device:
-                if device >= 0 or index < 0:
-                    raise RuntimeError(f"{kernel.__name__}: its tensors are on different devices: move them to one GPU")
-                device = index
-        elif type(a) is int:
-            values.append(a)
-            key.append(1 if a == 1 else (a % 16 == 0, -_MAX_INT32 <= a <= _MAX_INT32))
-        elif type(a) is Descriptor:
-            values.append(a)
-            key.append((a.base.dtype, a.block_shape))
-            device = a.base.get_device()
-        else:
-            values.append(a)
-            key.append((type(a), a) if a is None or type(a) is bool else type(a))
-    key.append(device)
-    if device != torch._C._cuda_getDevice():
-        with torch.cuda.device(device):
-            return _start(kernel, grid, args, values, tuple(key), device, num_warps, num_stages, constexprs)
-    _start(kernel, grid, args, values, tuple(key), device, num_warps, num_stages, constexprs)
-
-
-def _start(
-    kernel: JITFunction,
-    grid: tuple[int, ...],
-    args: tuple[Any, ...],
-    values: list[Any],
-    key: tuple[Any, ...],
-    device: int,
-    num_warps: int,
-    num_stages: int,
-    constexprs: dict[str, Any],
-) -> None:
-    entry = _started.get(id(kernel))
-    if entry is None:
-        entry = _started[id(kernel)] = (kernel, {})
-    start = entry[1].get(key)
-    if start is None or _HOOKS[0].calls or _HOOKS[1].calls:  # a profiler listens: Triton's own way calls it
-        compiled = kernel[grid](*_for_triton(args), **constexprs, num_warps=num_warps, num_stages=num_stages)
-        if _DIRECT and start is None and compiled is not None:
-            entry[1][key] = _direct_start(kernel, compiled, constexprs)
-        return
-    grid_y = grid[1] if len(grid) > 1 else 1
-    grid_z = grid[2] if len(grid) > 2 else 1
-    start(grid[0], grid_y, grid_z, torch._C._cuda_getCurrentRawStream(device), values)
-
-
 def _direct_start(kernel: JITFunction, compiled: Any, constexprs: dict[str, Any]) -> Any:
-    """A function that starts `compiled` with nothing but the C launcher between; None where that is not possible."""
+    """What starts `compiled` with nothing between but C: (C launcher, arguments before and after ours, descriptor encoder).
+
+    None where that is not possible.
+    """
     run = compiled.run
     if run.global_scratch_size or run.profile_scratch_size:
         return None  # scratch is allocated per launch: Triton's own way
-    start, function, metadata = run.launch, compiled.function, compiled.packed_metadata
-    head = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
+    c_launcher, metadata = run.launch, compiled.packed_metadata
+    head = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
     # every constexpr keeps a slot; they stand last in our kernels' signatures, in their own order
     names = [p.name for p in kernel.params if p.is_constexpr]
     runtime = len(kernel.params) - len(names)
@@ -282,21 +284,16 @@ def _direct_start(kernel: JITFunction, compiled: Any, constexprs: dict[str, Any]
     )
     metas = getattr(compiled.metadata, "tensordesc_meta", None)
     if not metas:
-
-        def direct(x: int, y: int, z: int, stream: int, values: list[Any]) -> None:
-            start(x, y, z, stream, *head, *values, *tail)
-
-        return direct
+        return c_launcher, head, tail, None
 
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
-    # Triton's wrapper encodes the descriptors at every launch; below it is the C function, which takes encoded ones
-    launcher = dict(zip(start.__code__.co_freevars, (c.cell_contents for c in start.__closure__), strict=True))[
-        "launcher"
-    ]
+    # Triton's wrapper encodes the descriptors at every launch; below it is the C function, which takes encoded ones.
+    cells = zip(c_launcher.__code__.co_freevars, (c.cell_contents for c in c_launcher.__closure__), strict=True)
+    c_launcher = dict(cells)["launcher"]
     encoded: dict[tuple[Any, ...], list[Any]] = {}
 
-    def direct_with_descriptors(x: int, y: int, z: int, stream: int, values: list[Any]) -> None:
+    def encode(values: list[Any]) -> list[Any]:
         final: list[Any] = []
         position = 0
         for value in values:
@@ -311,6 +308,6 @@ def _direct_start(kernel: JITFunction, compiled: Any, constexprs: dict[str, Any]
                 parts = encoded[key] = make_tensordesc_arg(value.for_triton(), metas[position])
             final += parts
             position += 1
-        launcher(x, y, z, stream, *head, *final, *tail)
+        return final
 
-    return direct_with_descriptors
+    return c_launcher, head, tail, encode

@@ -183,13 +183,9 @@ class _Registration:
 
     def autograd(self) -> Callable[..., Any]:
         """The Autograd-key kernel: an autograd.Function only when a gradient is needed."""
-        spec, op = self.spec, self.spec.op
-        bind, differentiable, without_gradient, tensors = (
-            self.bind,
-            self.differentiable,
-            self.without_gradient,
-            self.tensors,
-        )
+        spec, op, bind = self.spec, self.spec.op, self.bind
+        differentiable, without_gradient, tensors = self.differentiable, self.without_gradient, self.tensors
+        first_index, count = tensors[0], 0 if self.keyword_only else len(spec.arguments)
         function = self.autograd_function()
         launcher = self.backend(spec.public, "")
         below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -198,7 +194,7 @@ class _Registration:
         plain = (torch.Tensor, torch.nn.Parameter)
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
-            bound = bind(args, kwargs)
+            bound = args if len(args) == count else bind(args, kwargs)
             if forward_ad._current_level >= 0:
                 _refuse_forward_mode(spec, [bound[i] for i in tensors])
             if grad_enabled():
@@ -210,8 +206,7 @@ class _Registration:
                         self.check_tensors(bound)
                         return function(bound)
             # Straight to the launcher when nothing between here and the CUDA key would act: saves a dispatch (about 5 us).
-            first = bound[tensors[0]]
-            if type(first) in plain and first.is_cuda and no_modes() == 0 and no_transforms() is None:
+            if bound[first_index].is_cuda and no_modes() == 0 and no_transforms() is None:
                 for i in tensors:
                     if bound[i] is not None and type(bound[i]) not in plain:
                         break
