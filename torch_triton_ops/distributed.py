@@ -129,7 +129,7 @@ def _rowwise(call: _Call) -> Iterator[_Placements]:
 
 
 def _batch_and_heads(call: _Call) -> Iterator[_Placements]:
-    """(B, H, S, D) tensors, (B, H, S) statistics: the batch, or the heads where every rank keeps whole groups of them."""
+    """(B, H, S, D) and (B, H, S) tensors: the batch, or the heads where each rank keeps whole groups of them."""
     from torch.distributed.tensor import Shard
 
     tables = [name for name in call.inputs if name in PARAMETERS]
@@ -154,19 +154,22 @@ def _cross_entropy(call: _Call) -> Iterator[_Placements]:
     from torch.distributed.tensor import Partial, Shard
 
     logits, reduction = call.inputs["logits"], call.option("reduction")
-    rows = {"logits": Shard(0), "target": Shard(0)}
-    # Statistics are flat: their shards are those of the rows if these divide evenly, or have one dimension.
+    # Statistics have the rows flat, last: sharded as the batch is if there is no other dimension or it divides evenly.
     flat = len(logits) == 2 or (len(logits) > 2 and logits[0] % call.ranks(["logits"], 0) == 0)
     if not flat:
         return
+    placements = {"logits": Shard(0), "target": Shard(0)}
     if call.decl.kind == "backward":
         # for every reduction: what the mean needs of other rows is in `divisor`
-        dloss = {"dloss": Shard(0)} if reduction == "none" else {}
-        yield rows | dloss | {"lse": Shard(0), "dlogits": Shard(0)}
+        lse = len(call.inputs["lse"]) - 1
+        placements |= {"lse": Shard(lse), "dlogits": Shard(0)}
+        yield placements | ({"dloss": Shard(0)} if reduction == "none" else {})
     elif reduction != "mean":
         loss, *statistics = call.outputs
-        kept = {name: Shard(0) for name in statistics if not _is_empty(call.outputs[name])}
-        yield rows | kept | {loss: Shard(0) if reduction == "none" else Partial("sum")}
+        for name in statistics:
+            if not _is_empty(call.outputs[name]):
+                placements[name] = Shard(len(call.outputs[name]) - 1)
+        yield placements | {loss: Shard(0) if reduction == "none" else Partial("sum")}
 
 
 def _linear(call: _Call) -> Iterator[_Placements]:
