@@ -16,11 +16,11 @@ dweight = sum over rows of dy * xhat
 | rstd | (...) | float32 |
 | dx, dweight | those of x, weight | those of x, weight |
 
-`weight_offset` is Gemma's 1.0. Statistics and arithmetic are in fp32, with one rounding at the store. Deterministic: the
-weight's gradient is summed in a fixed order, without atomics.
+`weight_offset` is Gemma's 1.0. Statistics and arithmetic are in fp32, with one rounding at the store. Deterministic:
+the gradient of weight is summed in a fixed order, without atomics.
 
-Bytes: forward 2 * M * N * itemsize; backward 3 * M * N * itemsize. Raises ValueError for x without dimensions, a weight of
-another shape, a negative eps and an offset without a weight.
+Bytes: forward 2 * M * N * itemsize, backward 3 * M * N * itemsize. Raises ValueError for x without dimensions, a weight
+of another shape, a negative eps and an offset without a weight.
 
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, https://arxiv.org/abs/1910.07467
 """
@@ -177,6 +177,7 @@ def _rms_norm_bwd_kernel(
     WEIGHT_OFFSET: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     NEEDS_DWEIGHT: tl.constexpr,
+    KEEP_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -189,9 +190,8 @@ def _rms_norm_bwd_kernel(
     programs = tl.num_programs(0)
     offs_n = tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     mask_n = offs_n < N
-    if HAS_WEIGHT:
+    if HAS_WEIGHT and KEEP_WEIGHT:
         weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        weight += WEIGHT_OFFSET
     # Rows are summed within a thread as long as possible: two dimensions, and one reduction after the loop.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_m in tl.range(pid * BLOCK_M, M, programs * BLOCK_M, num_stages=STAGES):
@@ -205,14 +205,16 @@ def _rms_norm_bwd_kernel(
             dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
         ).to(tl.float32)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
-        xhat = x * rstd
-        g = dy
-        if HAS_WEIGHT:
-            g = dy * weight[None, :]
         if NEEDS_DWEIGHT:
-            acc += dy * xhat
-        mean = tl.sum(g * xhat, axis=1) / N  # (BLOCK_M,)
-        dx = rstd * (g - xhat * mean[:, None])
+            acc += dy * (x * rstd)
+        if HAS_WEIGHT:
+            if not KEEP_WEIGHT:  # the widest rows have no registers left for it
+                weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0, eviction_policy="evict_last").to(
+                    tl.float32
+                )
+            dy = dy * (weight + WEIGHT_OFFSET)[None, :]
+        mean = rstd * tl.sum(dy * x, axis=1, keep_dims=True) / N  # (BLOCK_M, 1)
+        dx = rstd * (dy - x * (rstd * mean))
         tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if NEEDS_DWEIGHT:
         tl.store(partial_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(acc, axis=0), mask=mask_n)
@@ -308,9 +310,8 @@ def _rms_norm_sum_kernel(partial_ptr, dweight_ptr, G, N, BLOCK_G: tl.constexpr, 
 # Launchers
 # --------------------------------------------------------------------------------------------------------------------
 
-# A row stays in registers up to this many bytes of x: 64 fp32 values a thread forward; backward keeps x, dy and the sums.
-_MAX_FWD_ROW_BYTES = 65536
-_MAX_BWD_ROW_BYTES = 32768
+# A row of up to this many elements stays in registers; more would spill.
+_MAX_ROW = 16384
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -324,13 +325,21 @@ def _fwd_config(block_n: int) -> dict[str, int]:
     return {"BLOCK_M": max(4096 // block_n, 1), "BLOCK_N": block_n, "num_warps": min(max(block_n // 1024, 4), 16)}
 
 
-def _bwd_config(block_n: int, itemsize: int) -> tuple[dict[str, int], int]:
-    """Constexprs and options, and the programs per SM: each costs an fp32 row of partial sums."""
+def _bwd_config(N: int, itemsize: int) -> tuple[dict[str, Any], int] | None:
+    """Constexprs and options, and programs per SM (each costs an fp32 row of partial sums). None: row too wide."""
+    block_n = next_power_of_2(N)
+    # Rows that no vector load fits need more registers: fewer warps, or another kernel.
+    if block_n > _MAX_ROW or (block_n == _MAX_ROW and (itemsize != 2 or N % 8 != 0)):
+        return None
     block_m = max(4096 // block_n, 1)
-    tile_bytes = 2 * block_m * block_n * itemsize  # x and dy of one step, in shared memory when pipelined
-    stages = 3 if tile_bytes <= 32768 else 2 if tile_bytes <= 65536 else 1
-    num_warps = 16 if block_n > 8192 else 8
-    config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": num_warps}
+    tile_bytes = 2 * block_m * block_n * itemsize  # x and dy of one step, in shared memory
+    config = {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "KEEP_WEIGHT": block_n < _MAX_ROW,
+        "STAGES": 3 if tile_bytes <= 32768 else 2,
+        "num_warps": 8 if block_n <= 4096 or N % 8 != 0 else block_n // 512,
+    }
     return config, 2 if tile_bytes <= 16384 else 1
 
 
@@ -368,7 +377,7 @@ def _launch_fwd(
         "STORE_RSTD": rstd is not None,
     }
     block_n = next_power_of_2(N)
-    if block_n * x.element_size() <= _MAX_FWD_ROW_BYTES:
+    if block_n <= _MAX_ROW:
         config = _fwd_config(block_n)
         grid = (cdiv(M, config["BLOCK_M"]),)
         launch(_rms_norm_fwd_kernel, grid, x, weight, y, rstd, M, N, x.stride(0), **options, **config)
@@ -400,13 +409,12 @@ def rms_norm_bwd(
     dx, dweight = rms_norm_bwd_fake(dy, x, weight, rstd, weight_offset, needs)
     dy, x = _rows(dy), _rows(x)
     M, N = x.shape
-    block_n = next_power_of_2(N)
-    narrow = block_n * x.element_size() <= _MAX_BWD_ROW_BYTES
+    narrow = _bwd_config(N, x.element_size())
     options = {"WEIGHT_OFFSET": weight_offset, "HAS_WEIGHT": weight is not None}
     weight = None if weight is None else weight.contiguous()
     partial = None
-    if needs[0] and narrow:
-        config, programs_per_sm = _bwd_config(block_n, x.element_size())
+    if needs[0] and narrow is not None:
+        config, programs_per_sm = narrow
         programs = min(cdiv(M, config["BLOCK_M"]), sm_count(x.device) * programs_per_sm)
         if needs[1]:
             partial = x.new_empty((programs, N), dtype=torch.float32)
