@@ -137,7 +137,7 @@ def find(op: str, ours: Function, reference: Function, names: tuple[str, ...]) -
 
 @_peer("vector_add", "eager")
 def _vector_add_eager() -> Function:
-    return torch.add
+    return lambda x, y: x + y
 
 
 @_peer("softmax", "eager")
@@ -229,7 +229,7 @@ def _linear_eager() -> Function:
 
 @_peer("matmul", "eager")
 def _matmul_eager() -> Function:
-    return torch.matmul
+    return lambda a, b: a @ b
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ its output tensors. What happens once (compilation, autotuning, capture) happens
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import subprocess
@@ -115,7 +114,8 @@ class GraphTimer:
         `protected`: storage addresses of the inputs; an output that is an input (an addition's gradient) is left alone.
         """
         for out in self.slots[0]:
-            if out.is_floating_point() and out.dtype.itemsize > 1 and out.untyped_storage().data_ptr() not in protected:
+            writable = out.untyped_storage().data_ptr() not in protected and 0 not in out.stride()
+            if writable and out.is_floating_point() and out.dtype.itemsize > 1:
                 out.fill_(math.nan)
         self.graph.replay()
         torch.cuda.synchronize()
@@ -125,7 +125,6 @@ class GraphTimer:
         """Drop the graph, its memory pool and the calls."""
         self.slots, self.calls = [], []
         del self.graph
-        gc.collect()
 
 
 class EventTimer:
@@ -178,7 +177,6 @@ class EventTimer:
         """Drop the calls and the flush buffer."""
         self.calls = []
         del self.flush
-        gc.collect()
 
 
 Timer = GraphTimer | EventTimer

@@ -5,11 +5,13 @@ Timers are replaced by one that runs the calls on CPU tensors and reports invent
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,6 +78,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     times: list[float] = []
     monkeypatch.setattr(timing, "make_timer", lambda prepare, *a, **k: (FakeTimer(prepare, times.pop(0)), None))
     monkeypatch.setattr(timing, "peak_bytes", lambda call: 1024)
+    monkeypatch.setattr(run, "_free_memory", lambda: None)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
     monkeypatch.setattr(timing, "rotation_target", lambda: 3 * (64 * 32 + 32) * 2)
     monkeypatch.setattr(timing, "free_bytes", lambda: 10**9)
     return times
@@ -189,6 +193,121 @@ def test_reason_of_a_failed_capture_is_the_first_error() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# The timers' own logic, on a CUDA made of Python
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class FakeGraph:
+    """Replays nothing; `log` tells what happened."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def replay(self) -> None:
+        self.log.append("replay")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """torch.cuda as far as the timers use it, on CPU tensors; every span between two events takes 1 ms."""
+    log: list[str] = []
+    event = lambda enable_timing: SimpleNamespace(
+        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 1.0
+    )
+    generator = SimpleNamespace(
+        clone_state=lambda: "state", graphsafe_set_state=lambda state: log.append(f"generator {state}")
+    )
+
+    @contextlib.contextmanager
+    def capture(graph: FakeGraph, stream: Any) -> Iterator[None]:
+        log.append("capture")
+        try:
+            yield
+        except Exception as inside:
+            error = RuntimeError("capture invalidated")
+            error.__context__ = inside
+            raise error from inside
+
+    empty = torch.empty
+    for name, value in {
+        "Event": event,
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": lambda s: contextlib.nullcontext(),
+        "current_stream": lambda: None,
+        "current_device": lambda: 0,
+        "synchronize": lambda: None,
+        "default_generators": [generator],
+        "CUDAGraph": lambda: FakeGraph(log),
+        "graph": capture,
+        "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=1),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(timing, "ROTATION_FLOOR", 64)
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
+    return log
+
+
+def test_graph_timer_captures_whole_rounds_of_the_sets(fake_cuda: list[str]) -> None:
+    counts = [0, 0, 0]
+
+    def prepare() -> list[timing.Call]:
+        def call(i: int) -> list[torch.Tensor]:
+            counts[i] += 1
+            return [torch.full((4,), float(i)), inputs[i]]
+
+        return [lambda i=i: call(i) for i in range(3)]
+
+    inputs = [torch.ones(2) for _ in range(3)]
+    timer, reason = timing.make_timer(prepare, budget_ms=5.0)
+    assert reason is None
+    assert timer.method == "graph"
+    assert timer.count % 3 == 0
+    assert sum(counts) >= timer.count
+    assert timer.replays == 5
+    assert timer.measure() == pytest.approx(1.0 / (5 * timer.count))
+    outputs = timer.outputs({inputs[0].untyped_storage().data_ptr()})
+    assert outputs[0].isnan().all()  # a replay that writes nothing is found out
+    assert torch.equal(outputs[1], torch.ones(2))  # an output that is an input is left alone
+    timer.release()
+
+
+def test_a_failed_capture_falls_back_to_events_and_mends_the_generator(fake_cuda: list[str]) -> None:
+    def prepare() -> list[timing.Call]:
+        def call() -> list[torch.Tensor]:
+            if fake_cuda[-1:] == ["capture"]:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return [torch.ones(3)]
+
+        return [call]
+
+    timer, reason = timing.make_timer(prepare, budget_ms=5.0)
+    assert fake_cuda == ["capture", "generator state"]
+    assert timer.method == "events"
+    assert reason == "RuntimeError: operation not permitted when stream is capturing"
+    assert timer.measure() == 1.0
+    assert torch.equal(timer.outputs(set())[0], torch.ones(3))
+    timer.release()
+
+
+def test_out_of_memory_in_a_capture_is_no_failed_capture(fake_cuda: list[str]) -> None:
+    def call() -> list[torch.Tensor]:
+        if fake_cuda[-1:] == ["capture"]:
+            raise torch.cuda.OutOfMemoryError("tried to allocate")
+        return []
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        timing.make_timer(lambda: [call], budget_ms=5.0)
+
+
+def test_event_timer_restores_the_inputs_before_every_call(fake_cuda: list[str]) -> None:
+    x = torch.ones(4)
+    timer, _ = timing.make_timer(lambda: [lambda: [x.mul_(2)]], 5.0, capturable=False, restore=lambda: x.fill_(1))
+    timer.measure()
+    assert torch.equal(timer.outputs(set())[0], torch.full((4,), 2.0))
+    assert "capture" not in fake_cuda
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Checks
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -232,7 +351,7 @@ def test_a_missing_output_fails() -> None:
 
 
 def test_equal_infinities_and_integers_are_no_error() -> None:
-    expected = check.Expected([torch.tensor([1.0, -math.inf]), torch.tensor([3, 4])], "fp64", [(0.0, 0.0)] * 2)
+    expected = check.Expected([torch.tensor([1.0, -math.inf]), torch.tensor([3, 4])], "fp64", [(0.0, 0.0)] * 2, 0.0)
     assert check.verdict([torch.tensor([1.0, -math.inf]), torch.tensor([3, 4])], expected)["passed"]
     assert not check.verdict([torch.tensor([1.0, -math.inf]), torch.tensor([3, 5])], expected)["passed"]
     assert not check.verdict([torch.tensor([1.0, 0.0]), torch.tensor([3, 4])], expected)["passed"]
