@@ -412,6 +412,28 @@ def test_rows_have_the_schema(fake_gpu: list[float], pass_name: str, case: int) 
     assert record.problems({"header": stamp, "stamps": {"stamp": stamp}, "rows": list(rows.values())}) is None
 
 
+def test_every_registered_op_runs_and_passes_its_check(fake_gpu: list[float]) -> None:
+    """Ours and the eager peer on small inputs: fakes, gradients, references and signatures agree with the registry's."""
+    import torch_triton_ops
+
+    for spec in torch_triton_ops.specs():
+        if spec.function("bench_cases") is None:
+            continue
+        samples = spec.function("samples")("cpu", torch.bfloat16)
+        sample = next(s for s in samples if all(t.numel() > 8 for t in s.args if isinstance(t, torch.Tensor)))
+        case = BenchCase(sample.id, lambda device, dtype, s=sample: (s.args, s.kwargs))
+        found = peers.find(spec.name, getattr(torch.ops.tt, spec.name), spec.function("reference"), ("eager",))
+        for pass_name in ("fwd", "fwdbwd", "bwd") if spec.differentiable else ("fwd",):
+            fake_gpu[:] = [0.01, 0.02]
+            rows = run.bench_pass(
+                spec, case, pass_name, found, LIMITS, run.Options(), "s", device="cpu", say=lambda line: None
+            )
+            for row in rows:
+                unsupported = row.get("error", "").startswith("not supported")
+                assert unsupported or row["check"]["passed"], row
+            assert record.valid(rows[0])
+
+
 def test_a_wrong_peer_is_recorded_and_out_of_the_ratio(fake_gpu: list[float]) -> None:
     fake_gpu += [0.02, 0.01, 0.03]
     wrong = peers.Impl("liger", lambda x, weight: x + weight)
