@@ -191,7 +191,7 @@ def _roofline(header: dict[str, Any], rows: Sequence[Row]) -> Any:
     xs = [low, peak / copy, high]
     axes.plot(xs, [min(x * copy, peak) for x in xs], color="#323f4b", lw=1.6, zorder=1)
     axes.fill_between(xs, [min(x * copy, peak) for x in xs], 1e9, color="#f5f7fa", zorder=0)
-    colours = [c for i, c in enumerate(plt.get_cmap("tab10").colors) if i != 7]  # grey is for the legend
+    colours = [f"C{i}" for i in range(10) if i != 7]  # grey is for the legend
     ops = list(dict.fromkeys(ours["op"] for ours, _ in points))
     for ours, best in points:
         colour = colours[ops.index(ours["op"]) % len(colours)]

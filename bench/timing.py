@@ -56,10 +56,11 @@ class Spread:
         return Spread(statistics.median(values), min(values), max(values))
 
 
-def _elapsed_ms(body: Callable[[], object]) -> float:
+def _elapsed_ms(body: Callable[[], object], times: int = 1) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    body()
+    for _ in range(times):
+        body()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
@@ -106,7 +107,7 @@ class GraphTimer:
     def measure(self) -> float:
         """Milliseconds a call, over about `budget_ms` of replays."""
         self.graph.replay()  # clocks and caches settle after the impl that ran before
-        return _elapsed_ms(lambda: [self.graph.replay() for _ in range(self.replays)]) / (self.replays * self.count)
+        return _elapsed_ms(self.graph.replay, self.replays) / (self.replays * self.count)
 
     def outputs(self, protected: set[int]) -> list[torch.Tensor]:
         """Outputs of the first set, overwritten with NaN and written again by one more replay.
@@ -268,7 +269,7 @@ def _sustained_ms(body: Callable[[], object], calls: int, rounds: int) -> float:
     for _ in range(calls):
         body()
     torch.cuda.synchronize()
-    return statistics.median(_elapsed_ms(lambda: [body() for _ in range(calls)]) / calls for _ in range(rounds))
+    return statistics.median(_elapsed_ms(body, calls) / calls for _ in range(rounds))
 
 
 def copy_tbps() -> float:
