@@ -47,7 +47,19 @@ from torch_triton_ops import registry
 from torch_triton_ops.cases import ErrorSample, Sample
 from torch_triton_ops.launch import INTERPRET
 
-__all__ = ["CHECKS", "CheckResult", "ErrorSample", "Report", "Sample", "check_op", "dtype_name", "samples_of"]
+__all__ = [
+    "CHECKS",
+    "ONCE",
+    "PER_SAMPLE",
+    "CheckResult",
+    "ErrorSample",
+    "Report",
+    "Sample",
+    "check_op",
+    "dtype_name",
+    "samples_of",
+    "stale",
+]
 
 _CHUNK = 1 << 26  # elements compared at a time: the fp64 temporaries of a 2**31-element tensor would not fit
 _SMALL = 1 << 22  # elements of a sample up to which every variant of strides and upstream gradients is tried
@@ -1490,8 +1502,10 @@ _CHECKS: dict[str, _Check] = {
     "cuda_graph": _Check(_check_cuda_graph, "few"),
 }
 CHECKS: tuple[str, ...] = (*_CHECKS, "errors", "coverage")
-"""Names for `check_op(checks=...)`. Those of `PER_SAMPLE` run on every sample, the others on a few or once."""
+"""Names for `check_op(checks=...)`: those of `PER_SAMPLE` run on every sample, of `ONCE` once for an op, the others on
+representative samples of each dtype."""
 PER_SAMPLE: tuple[str, ...] = tuple(name for name, check in _CHECKS.items() if check.scope == "every")
+ONCE: tuple[str, ...] = ("gradcheck", "errors", "coverage")
 
 
 def _representatives(cases: Sequence[_Case]) -> list[_Case]:

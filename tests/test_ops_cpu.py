@@ -1,0 +1,53 @@
+"""check_op on CPU for every op of the registry: `rms_norm-bf16-M3_N33` is one sample, `rms_norm-bf16` what costs more.
+
+On CPU an op runs its reference, so this proves the registration. tests/test_kernels_interpreted.py proves the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import torch_triton_ops  # noqa: F401 - registers the ops
+from torch_triton_ops import registry
+from torch_triton_ops.cases import Sample
+from torch_triton_ops.testing import CHECKS, ONCE, PER_SAMPLE, check_op, dtype_name, samples_of
+
+OPS = registry.specs()
+SEVERAL = tuple(name for name in CHECKS if name not in PER_SAMPLE + ONCE)
+
+
+def every_sample() -> Iterator[Any]:
+    for spec in OPS:
+        for dtype in spec.dtypes:
+            for sample in samples_of(spec, "cpu", dtype):
+                yield pytest.param(spec, sample, id=f"{spec.name}-{dtype_name(dtype)}-{sample.id}")
+
+
+def every_dtype() -> Iterator[Any]:
+    for spec in OPS:
+        for dtype in spec.dtypes:
+            yield pytest.param(spec, dtype, id=f"{spec.name}-{dtype_name(dtype)}")
+
+
+@pytest.mark.parametrize(("spec", "sample"), list(every_sample()))
+def test_sample(spec: registry.OpSpec, sample: Sample) -> None:
+    check_op(spec.op, [sample], checks=PER_SAMPLE).raise_if_failed()
+
+
+@pytest.mark.parametrize(("spec", "dtype"), list(every_dtype()))
+def test_representative_samples(spec: registry.OpSpec, dtype: torch.dtype) -> None:
+    check_op(spec.op, device="cpu", dtypes=[dtype], checks=SEVERAL).raise_if_failed()
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
+def test_once(spec: registry.OpSpec) -> None:
+    """Gradcheck in fp64, wrong calls, and whether the samples reach the corners."""
+    report = check_op(spec.op, device="cpu", checks=ONCE)
+    report.raise_if_failed()
+    missing = [r.detail for r in report.skipped if r.check == "coverage"]
+    assert not missing, f"{spec.name}_samples: {'; '.join(missing)}"
+    assert any(r.check == "errors" and r.passed for r in report.results), f"{spec.name} has no error samples"
