@@ -83,17 +83,25 @@ def linear_fwd_reference(
     return y, z.to(x.dtype).contiguous() if _linear_keeps_z(activation) else x.new_empty(0)
 
 
+def _linear_activate_grad_reference(dy: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(dy, z, 0)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(dy, z)
+    return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 def linear_bwd_reference(
     dy: torch.Tensor, z: torch.Tensor | None, activation: str, needs_dbias: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dz, g = _matmul_upcast(dy), dy
+    dz = _matmul_upcast(dy)
     if activation != "none":
-        with torch.enable_grad():
-            leaf = _matmul_upcast(z.detach()).requires_grad_()
-            (dz,) = torch.autograd.grad(_linear_activate_reference(leaf, activation), leaf, dz)
-        g = dz.to(dy.dtype).contiguous()
-    dbias = dz.reshape(math.prod(dz.shape[:-1]), dz.shape[-1]).sum(0).to(dy.dtype) if needs_dbias else dy.new_empty(0)
-    return g if activation != "none" else dy.new_empty(0), dbias
+        dz = _linear_activate_grad_reference(dz, _matmul_upcast(z), activation)
+    rows = dz.reshape(math.prod(dz.shape[:-1]), dz.shape[-1])
+    return (
+        dz.to(dy.dtype).contiguous() if activation != "none" else dy.new_empty(0),
+        rows.sum(0).to(dy.dtype) if needs_dbias else dy.new_empty(0),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -517,40 +525,57 @@ def _matmul_split(tiles: int, K: int, block_k: int, sms: int) -> int:
 
 
 def _matmul_config(
-    M: int, N: int, K: int, batches: int, itemsize: int, precision: str, tma: bool, keeps_z: bool, target: int, sms: int
+    M: int,
+    N: int,
+    K: int,
+    batches: int,
+    itemsize: int,
+    precision: str,
+    aligned: bool,
+    tma: bool,
+    activation: str,
+    target: int,
+    sms: int,
 ) -> _MatmulConfig:
-    """The launch configuration for a shape. Sizes in bytes are per stage of the software pipeline."""
+    """The launch configuration for a shape. Candidates are (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)."""
     if itemsize == 4 and precision == "ieee":
-        # CUDA cores: registers limit the tile
+        # CUDA cores: operands and accumulator are registers, which limits the tile.
         tiles = ((64, 64, 16, 4, 3), (32, 32, 16, 4, 3)) if min(M, N) > 32 else ((32, 32, 32, 4, 3),)
     elif min(M, N) <= 64:
         # Decoding: bound by the bandwidth of the longer operand. One block covers the short side; blocks of 64 on the
         # long side make many programs, and rows of 256 bytes times the stages keep 100 KB or more per SM in flight.
         short = 16 if min(M, N) <= 16 else 32 if min(M, N) <= 32 else 64
-        block_k = 256 // itemsize
-        stages = 5 if target >= 90 and short < 64 else 3 if itemsize == 4 or short == 64 else 4
+        block_k = (256 if aligned else 64) // itemsize
+        stages = 3 if short == 64 or itemsize == 4 else 5 if tma else 4
         tiles = ((short, 64, block_k, 4, stages),) if M <= N else ((64, short, block_k, 4, stages),)
-    elif target >= 90 and tma:
-        wide = (128, 256, 128 // itemsize, 8, 3)  # 48 KB a stage; the accumulator is 128 registers a thread
+    elif tma:
+        # A stage of the widest tile is 48 KB, its accumulator 128 registers a thread. 128-byte rows are a swizzle atom.
+        block_k = 128 // itemsize
         tiles = (
-            wide,
-            (128, 128, 128 // itemsize, 8, 4),
-            (64, 128, 128 // itemsize, 4, 4),
-            (64, 64, 128 // itemsize, 4, 4),
+            (128, 256, block_k, 8, 3),
+            (128, 128, block_k, 8, 4),
+            (64, 128, block_k, 4, 4),
+            (64, 64, block_k, 4, 4),
         )
     else:
-        block_k = 128 // itemsize
+        # Without 16-byte loads every element has a pointer of its own: a shorter block leaves registers for them.
+        block_k = (128 if aligned else 64) // itemsize
         tiles = ((128, 128, block_k, 8, 3), (64, 128, block_k, 4, 3), (64, 64, block_k, 4, 4))
 
-    # Fewest wasted slots in the last wave, weighted by what the tile size can reach (larger tiles reuse more).
+    # Useful share of all the slots in all waves, weighted by what a tile can reach: larger ones reuse more.
     def score(tile: tuple[int, ...]) -> float:
-        count = cdiv(M, tile[0]) * cdiv(N, tile[1]) * batches
-        work = M * N * batches / (cdiv(count, sms) * sms * tile[0] * tile[1])
-        return work * (tile[0] * tile[1]) ** 0.25
+        block_m, block_n = tile[:2]
+        waves = cdiv(cdiv(M, block_m) * cdiv(N, block_n) * batches, sms)
+        return M * N * batches / (waves * sms * block_m * block_n) * (block_m * block_n) ** 0.25
 
     best = max(tiles, key=score)
     count = cdiv(M, best[0]) * cdiv(N, best[1]) * batches
-    return _MatmulConfig(*best, split_k=_matmul_split(count, K, best[2], sms))
+    return _MatmulConfig(
+        *best,
+        split_k=_matmul_split(count, K, best[2], sms),
+        # The accumulator's 128 registers a thread leave few for an activation, and none for a float32 tile's store.
+        halves=tma and best[1] == 256 and (activation != "none" or itemsize == 4),
+    )
 
 
 def _matmul_precision(dtype: torch.dtype) -> str:
@@ -596,17 +621,21 @@ def _matmul_gemm(
     a, b = (t if 1 in t.stride()[2:] else t.contiguous() for t in (a, b))
     precision = _matmul_precision(a.dtype)
     target, sms = capability(a.device), sm_count(a.device)
-    # Views of A as (M, K) or (K, M) and of B as (N, K) or (K, N), whichever has contiguous rows.
-    a_view = b_view = None
-    if target >= 90 and B == 1 and max(M, N, K) < 2**31 and precision != "ieee":
-        a_view, b_view = _matmul_tma_view(a[0, 0]), _matmul_tma_view(b[0, 0].t())
-    a_k_major = a_view is not None and a_view.stride() == a.stride()[2:]
-    b_k_major = b_view is not None and b_view.stride() == b.stride()[:1:-1]
-    tma = a_view is not None and b_view is not None
-    if precision == "tf32":
-        tma = tma and a_k_major and b_k_major  # wgmma takes 4-byte operands with K contiguous only
+    # Views of A as (M, K) or (K, M) and of B as (N, K) or (K, N), whichever has contiguous, 16-byte aligned rows.
+    a_view, b_view = _matmul_tma_view(a[0, 0]), _matmul_tma_view(b[0, 0].t())
+    aligned = a_view is not None and b_view is not None
+    a_k_major = aligned and a_view.stride() == a.stride()[2:]
+    b_k_major = aligned and b_view.stride() == b.mT.stride()[2:]
+    tma = aligned and target >= 90 and B == 1 and max(M, N, K) < 2**31
+    if a.dtype == torch.float32:
+        tma = (
+            tma and precision == "tf32" and a_k_major and b_k_major
+        )  # wgmma takes 4-byte operands with K contiguous only
     if config is None:
-        config = _matmul_config(M, N, K, B, a.element_size(), precision, tma, z is not None, target, sms)
+        vectors = (
+            aligned and K % 16 == 0 and all(s * a.element_size() % 16 == 0 for t in (a, b) for s in t.stride()[:2])
+        )
+        config = _matmul_config(M, N, K, B, a.element_size(), precision, tma or vectors, tma, activation, target, sms)
 
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     tiles = cdiv(M, block_m) * cdiv(N, block_n)
