@@ -71,6 +71,8 @@ def cases() -> Iterator[Case]:
     yield Case("rms_norm_S1", "rms_norm", norm, "S1 R", "S1")
     yield Case("rms_norm_replicated", "rms_norm", norm, "R R", "R")
     yield Case("rms_norm_no_weight", "rms_norm", lambda: (randn(4, 8), None), "S0 R", "S0")
+    yield Case("rms_norm_frozen_weight", "rms_norm", lambda: (randn(4, 8), torch.ones(8)), "S0 R", "S0")
+    yield Case("rms_norm_frozen_x", "rms_norm", lambda: (torch.randn(4, 8), randn(8)), "S0 R", "S0")
     yield Case("rms_norm_along_rows", "rms_norm", norm, "S2 R", "?", local=False)
     yield Case("softmax_S0", "softmax", lambda: (randn(4, 6),), "S0", "S0")
     yield Case("softmax_dim0_S1", "softmax", lambda: (randn(4, 6),), "S1", "S1", {"dim": 0})
@@ -83,6 +85,8 @@ def cases() -> Iterator[Case]:
     causal = {"causal": True}
     yield Case("flash_attn_batch", "flash_attn", attention(4, 2), "S0 S0 S0", "S0", causal)
     yield Case("flash_attn_heads", "flash_attn", attention(4, 2), "S1 S1 S1", "S1", causal)
+    frozen = lambda: (randn(2, 4, 5, 16), *(torch.randn(2, 2, 5, 16) for _ in "kv"))
+    yield Case("flash_attn_frozen_kv", "flash_attn", frozen, "S1 S1 S1", "S1")
     yield Case("flash_attn_uneven_heads", "flash_attn", attention(3, 3), "S1 S1 S1", "?", causal, local=False)
     # Hkv = 1: a rank would hold query heads and no key head
     yield Case("flash_attn_mqa_heads", "flash_attn", attention(4, 1), "S1 R R", "?", causal, local=False)
@@ -94,6 +98,8 @@ def cases() -> Iterator[Case]:
     relu = {"activation": "relu"}
     yield Case("linear_row_parallel_relu", "linear", linear(bias=False), "S2 S1 R", "?", relu, local=False)
     yield Case("linear_row_parallel_bias", "linear", linear(), "S2 S1 R", "?", local=False)
+    # local in the forward; the gradient flattens the rows, for which DTensor gathers the sequences
+    yield Case("linear_sequence", "linear", linear(), "S1 R R", "S1", {"activation": "silu"}, local=False)
     product = lambda: (randn(4, 6), randn(6, 8))
     yield Case("matmul_rows", "matmul", product, "S0 R", "S0")
     yield Case("matmul_columns", "matmul", product, "R S1", "S1")
@@ -262,6 +268,56 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         assert len(results) > len(list(cases()))
         wrong = [f"{name}: {what}" for name, what in results.items() if what is not None]
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
+
+
+MESH_2D = """
+import torch, torch.distributed as dist, torch_triton_ops
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+# One process that plays rank 0 of eight: collectives do nothing, placements and local shapes are real.
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("data", "model"))
+
+
+def place(shape, *placements):
+    return distribute_tensor(torch.randn(shape), mesh, placements).requires_grad_()
+
+
+def run(op, *args, **kwargs):
+    with CommDebugMode() as mode:
+        out = op(*args, **kwargs)
+        torch.autograd.grad(out, args, torch.ones_like(out.detach()))
+    return out.placements, mode.get_total_counts()
+
+
+batch, heads, whole = Shard(0), Shard(1), Replicate()
+# four key heads: each of the four ranks of "model" has one, with the four query heads of its group
+qkv = [place((4, h, 3, 16), batch, heads) for h in (16, 4, 4)]
+assert run(torch.ops.tt.flash_attn, *qkv, causal=True) == ((batch, heads), 0)
+# two key heads are too few for "model"
+qkv = [place((4, 16, 3, 16), batch, heads), *(place((4, 2, 3, 16), batch, whole) for _ in "kv")]
+placements, moved = run(torch.ops.tt.flash_attn, *qkv)
+assert heads not in placements and moved
+# rows over "data", the weight's rows over "model"
+x, weight = place((4, 8), batch, whole), place((12, 8), whole, batch)
+assert run(torch.ops.tt.linear, x, weight) == ((batch, Shard(1)), 0)
+x, weight = place((4, 8), batch, Shard(1)), place((12, 8), whole, Shard(1))
+assert run(torch.ops.tt.linear, x, weight)[0] == (batch, Partial("sum"))
+x, weight = place((8, 4, 6), batch, heads), place((6,), whole, whole)
+assert run(torch.ops.tt.rms_norm, x, weight) == ((batch, heads), 0)
+print("placed")
+"""
+
+
+def test_two_dimensional_mesh() -> None:
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE_ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MESH_2D], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.strip() == "placed", done.stderr
 
 
 def test_every_shipped_rule_is_tried() -> None:

@@ -428,7 +428,8 @@ def _import_module(spec: OpSpec) -> ModuleType:
     # A user's file beside the YAML. Found by path, so it need not be on sys.path; named after it, so that it may be.
     if spec.module_name not in sys.modules:
         found = importlib.util.spec_from_file_location(spec.module_name, file)
-        assert found is not None and found.loader is not None
+        assert found is not None
+        assert found.loader is not None
         module = importlib.util.module_from_spec(found)
         sys.modules[spec.module_name] = module
         try:
