@@ -320,9 +320,14 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _block_m(block_n: int) -> int:
+    """Rows to fill a tile of 4096 elements; a row costs registers for its addresses, so not too many."""
+    return min(max(4096 // block_n, 1), 64)
+
+
 def _fwd_config(block_n: int) -> dict[str, int]:
     # 4096 elements and 4 warps: four 16-byte loads in flight per thread
-    return {"BLOCK_M": max(4096 // block_n, 1), "BLOCK_N": block_n, "num_warps": min(max(block_n // 1024, 4), 16)}
+    return {"BLOCK_M": _block_m(block_n), "BLOCK_N": block_n, "num_warps": min(max(block_n // 1024, 4), 16)}
 
 
 def _bwd_config(N: int, itemsize: int) -> tuple[dict[str, Any], int] | None:
@@ -331,7 +336,7 @@ def _bwd_config(N: int, itemsize: int) -> tuple[dict[str, Any], int] | None:
     # Rows that no vector load fits need more registers: fewer warps, or another kernel.
     if block_n > _MAX_ROW or (block_n == _MAX_ROW and (itemsize != 2 or N % 8 != 0)):
         return None
-    block_m = max(4096 // block_n, 1)
+    block_m = _block_m(block_n)
     tile_bytes = 2 * block_m * block_n * itemsize  # x and dy of one step, in shared memory
     config = {
         "BLOCK_M": block_m,
