@@ -229,18 +229,26 @@ RULES: dict[str, _Rule] = {
 
 
 def register(spec: OpSpec) -> None:
-    """Register the rules of `spec`'s ops with DTensor. Needs torch.distributed.tensor to be imported."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
-    from torch.distributed.tensor.experimental import register_sharding
+    """Register the rules of `spec`'s ops with DTensor. Needs torch.distributed.tensor to be imported.
 
+    Importing that must not fail because of us: under a torch whose DTensor has changed, our ops have no rules, and DTensor
+    says so when one meets a sharded tensor.
+    """
+    try:
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+        from torch.distributed.tensor.experimental import register_sharding
+
+        schema_info = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
+    except (ImportError, AttributeError):
+        return
     for decl in spec.decls:
         register_sharding(decl.op)(_sharding(spec, decl))
         # register_sharding lets only integers into DTensor's cache key: the rule for activation="none" would answer for
         # "relu". Every option counts.
         options = [i for i, a in enumerate(decl.arguments) if not a.is_tensor and not a.keyword_only]
         keywords = [a.name for a in decl.arguments if a.keyword_only]
-        DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[decl.op] = RuntimeSchemaInfo(
+        schema_info[decl.op] = RuntimeSchemaInfo(
             static_argnum=min(options, default=100), static_kwargkey=keywords or None, needs_pytree=True
         )
 
