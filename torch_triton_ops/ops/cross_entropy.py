@@ -462,6 +462,11 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
+def _block_m(V: int) -> int:
+    """Rows per program: one, or of a small vocabulary as many as make 2048 logits."""
+    return min(2048 // next_power_of_2(V), 256) if V <= 1024 else 1
+
+
 def _weights(weight: torch.Tensor | None, label_smoothing: float) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The class weights and, where label smoothing asks for it, their sum."""
     if weight is None:
@@ -521,7 +526,7 @@ def cross_entropy_fwd(
         "Z_LOSS": z_loss,
         "SOFTCAP": softcap,
     }
-    BLOCK_M = 2048 // next_power_of_2(V) if V <= 1024 else 1
+    BLOCK_M = _block_m(V)
     programs = cdiv(M, BLOCK_M)
     if reduction == "none":
         partial, count = loss, None
@@ -535,7 +540,7 @@ def cross_entropy_fwd(
     else:
         # 4 warps and a tile of 4096 logits: four 16-byte loads in flight per thread, several programs per multiprocessor.
         # Rows that allow no 16-byte loads need an address for each logit: more threads, lest registers spill.
-        options |= {"R": 4, "L": 1024, "EVEN_V": V % 4096 == 0, "num_warps": 4 if V % 8 == 0 else 8}
+        options |= {"R": 4, "L": 1024, "EVEN_V": bool(V % 4096 == 0), "num_warps": 4 if V % 8 == 0 else 8}
         launch(_cross_entropy_fwd_kernel, (programs,), *inputs, V, logits.stride(0), ignore_index, **options)
     if reduction != "none":
         launch(
@@ -589,7 +594,7 @@ def cross_entropy_bwd(
     M, V = logits.shape
     weight, weight_sum = _weights(weight, label_smoothing)
     BLOCK_V = min(4096, next_power_of_2(V))
-    BLOCK_M = max(2048 // BLOCK_V, 1)
+    BLOCK_M = _block_m(V)
     launch(
         _cross_entropy_bwd_kernel,
         (cdiv(M, BLOCK_M) * cdiv(V, BLOCK_V),),
