@@ -431,15 +431,21 @@ def test_record_and_status(tmp_path: Any, capsys: pytest.CaptureFixture[str], mo
     record = tmp_path / "record.json"
     only = [registry.spec("vector_add")]
     monkeypatch.setattr(registry, "specs", lambda *_: only)
-    command = ["--op", "vector_add", "--device", "cpu", "--check", "values", "--record", str(record)]
+    command = ["--op", "vector_add", "--device", "cpu", "--record", str(record)]
+    with pytest.raises(SystemExit):
+        testing.main([*command, "--check", "values"])
     assert testing.main(["--status", str(record)]) == 0
     assert capsys.readouterr().out == "vector_add: never ran on a GPU\n"
     assert testing.main(command) == 0
-    entry = json.loads(record.read_text())["vector_add"]
+    entries = json.loads(record.read_text())
+    entry = entries["vector_add"]
     assert entry["passed"] is True
     assert entry["failures"] == []
     assert entry["source_hash"] == registry.source_hash(only[0])
     assert set(entry) >= {"gpu", "torch", "triton", "python", "date", "checks", "samples"}
+    assert testing.stale(entries) == ["vector_add: never ran on a GPU"]
+    entry["gpu"] = "some GPU"
+    record.write_text(json.dumps(entries))
     capsys.readouterr()
     assert testing.main(["--status", str(record)]) == 0
     assert capsys.readouterr().out == ""
