@@ -547,10 +547,11 @@ def _matmul_config(
         tiles = ((64, 64, 16, 4, 3), (32, 32, 16, 4, 3)) if min(M, N) > 32 else ((32, 32, 32, 4, 3),)
     elif min(M, N) <= 64:
         # Decoding: bound by the bandwidth of the longer operand. One block covers the short side; blocks of 64 on the
-        # long side make many programs, and rows of 256 bytes times the stages keep 100 KB or more per SM in flight.
+        # long side make many programs, whose stages together keep 100 KB or more per SM in flight. Without TMA the
+        # pointers of a longer BLOCK_K would spill.
         short = 16 if min(M, N) <= 16 else 32 if min(M, N) <= 32 else 64
-        block_k = (256 if aligned else 64) // itemsize
-        stages = 3 if short == 64 or itemsize == 4 else 5 if tma else 4
+        block_k = (256 if tma else 128 if aligned else 64) // itemsize
+        stages = 3 if short == 64 or itemsize == 4 else 5
         tiles = ((short, 64, block_k, 4, stages),) if M <= N else ((64, short, block_k, 4, stages),)
     elif tma:
         # A stage of the widest tile is 48 KB, its accumulator 128 registers a thread. 128-byte rows are a swizzle atom.
