@@ -409,7 +409,6 @@ def _cross_entropy_bwd_kernel(
         logits_ptr + offs_m[:, None] * stride_lm + offs_v[None, :],
         mask=active[:, None] & mask_v[None, :],
         other=0.0,
-        eviction_policy="evict_first",
     ).to(tl.float32)  # (BLOCK_M, BLOCK_V)
     row_max = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
     log_sum = tl.load(lse_ptr + M + offs_m, mask=mask_m, other=0.0)
@@ -447,7 +446,6 @@ def _cross_entropy_bwd_kernel(
         dlogits_ptr + offs_m[:, None] * V + offs_v[None, :],
         dz.to(dlogits_ptr.dtype.element_ty),
         mask=mask_m[:, None] & mask_v[None, :],
-        eviction_policy="evict_first",
     )
 
 

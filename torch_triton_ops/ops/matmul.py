@@ -575,12 +575,15 @@ def _matmul_config(
 
     best = max(tiles, key=score)
     count = cdiv(M, best[0]) * cdiv(N, best[1]) * batches
-    return _MatmulConfig(
-        *best,
-        split_k=_matmul_split(count, K, best[2], sms),
-        # The accumulator's 128 registers a thread leave few for an activation, and none for a float32 tile's store.
-        halves=tma and best[1] == 256 and (activation != "none" or itemsize == 4),
-    )
+    split_k = _matmul_split(count, K, best[2], sms)
+    wide = tma and best[1] == 256
+    if wide and itemsize == 2 and split_k == 1:
+        # One program per SM that loops over the tiles, so that the next tile's loads run under this one's epilogue; stored in
+        # halves, because a whole tile leaves no shared memory for the fourth stage. On an H200, against cuBLAS in the same
+        # process: 1.02x at 8192^3, 1.01x at 4096^3; one program per tile gave 1.00x and 0.96x.
+        return _MatmulConfig(*best[:4], 4, split_k=1, persistent=True, halves=True)
+    # The accumulator's 128 registers a thread leave few for an activation, and none for a float32 tile's store.
+    return _MatmulConfig(*best, split_k=split_k, halves=wide and (activation != "none" or itemsize == 4))
 
 
 def _matmul_precision(dtype: torch.dtype) -> str:

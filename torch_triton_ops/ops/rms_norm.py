@@ -111,9 +111,9 @@ def _rms_norm_fwd_kernel(
     mask_m = offs_m < M
     mask_n = offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
-    x = tl.load(
-        x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-    ).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )  # (BLOCK_M, BLOCK_N)
     # Before the reduction: the weight then travels together with x. Every program reads it: keep it in the caches.
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0, eviction_policy="evict_last").to(tl.float32)
@@ -155,7 +155,7 @@ def _rms_norm_fwd_wide_kernel(
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        y = tl.load(x_ptr + offs_n, mask=mask_n, other=0.0, eviction_policy="evict_first").to(tl.float32) * rstd
+        y = tl.load(x_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32) * rstd
         if HAS_WEIGHT:
             weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0, eviction_policy="evict_last").to(tl.float32)
             y = y * (weight + WEIGHT_OFFSET)
@@ -198,12 +198,10 @@ def _rms_norm_bwd_kernel(
         offs_m = start_m + tl.arange(0, BLOCK_M).to(tl.int64)  # (BLOCK_M,)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
-        x = tl.load(
-            x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-        ).to(tl.float32)  # (BLOCK_M, BLOCK_N)
-        dy = tl.load(
-            dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-        ).to(tl.float32)
+        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )  # (BLOCK_M, BLOCK_N)
+        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         if NEEDS_DWEIGHT:
             acc += dy * (x * rstd)
@@ -254,8 +252,8 @@ def _rms_norm_bwd_wide_kernel(
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        xhat = tl.load(x_ptr + offs_n, mask=mask_n, other=0.0, eviction_policy="evict_first").to(tl.float32) * rstd
-        g = tl.load(dy_ptr + offs_n, mask=mask_n, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        xhat = tl.load(x_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32) * rstd
+        g = tl.load(dy_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         if HAS_WEIGHT:
             weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0, eviction_policy="evict_last").to(tl.float32)
             g = g * (weight + WEIGHT_OFFSET)

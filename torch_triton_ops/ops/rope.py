@@ -129,11 +129,11 @@ def _rotate_tile(
         # A pair's elements are neighbours: load whole vectors, and split them in registers.
         offs_r = tl.arange(0, 2 * BLOCK_HALF)[None, :]
         mask_r = mask_row[:, None] & (offs_r < 2 * HALF)
-        x = tl.load(x_ptrs + offs_r, mask=mask_r, eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(x_ptrs + offs_r, mask=mask_r).to(tl.float32)
         x1, x2 = tl.split(tl.reshape(x, (BLOCK_S * BLOCK_H, BLOCK_HALF, 2)))
     else:
-        x1 = tl.load(x_ptrs + offs_i, mask=mask, eviction_policy="evict_first").to(tl.float32)
-        x2 = tl.load(x_ptrs + HALF + offs_i, mask=mask, eviction_policy="evict_first").to(tl.float32)
+        x1 = tl.load(x_ptrs + offs_i, mask=mask).to(tl.float32)
+        x2 = tl.load(x_ptrs + HALF + offs_i, mask=mask).to(tl.float32)
     if not FULL_TABLES:
         cos1 = tl.load(cos_ptr + table + offs_i, mask=mask, eviction_policy="evict_last").to(tl.float32)
         sin1 = tl.load(sin_ptr + table + offs_i, mask=mask, eviction_policy="evict_last").to(tl.float32)

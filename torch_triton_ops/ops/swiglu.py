@@ -70,9 +70,9 @@ def _swiglu_fwd_kernel(gate_ptr, up_ptr, out_ptr, N, stride_gatem, stride_upm, B
     row = pid // blocks
     offs_n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     mask_n = offs_n < N
-    # Each input is read once and nothing else uses it: leave the caches to the output, which the next op reads.
-    gate = tl.load(gate_ptr + row * stride_gatem + offs_n, mask=mask_n, eviction_policy="evict_first").to(tl.float32)
-    up = tl.load(up_ptr + row * stride_upm + offs_n, mask=mask_n, eviction_policy="evict_first").to(tl.float32)
+    # No eviction hints: `evict_first` cost 4 to 5 % on an H200, here and in the other streaming kernels.
+    gate = tl.load(gate_ptr + row * stride_gatem + offs_n, mask=mask_n).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_upm + offs_n, mask=mask_n).to(tl.float32)
     out = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out_ptr + row * N + offs_n, out.to(out_ptr.dtype.element_ty), mask=mask_n)
 
@@ -96,9 +96,9 @@ def _swiglu_bwd_kernel(
     row = pid // blocks
     offs_n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     mask_n = offs_n < N
-    dout = tl.load(dout_ptr + row * stride_doutm + offs_n, mask=mask_n, eviction_policy="evict_first").to(tl.float32)
-    gate = tl.load(gate_ptr + row * stride_gatem + offs_n, mask=mask_n, eviction_policy="evict_first").to(tl.float32)
-    up = tl.load(up_ptr + row * stride_upm + offs_n, mask=mask_n, eviction_policy="evict_first").to(tl.float32)
+    dout = tl.load(dout_ptr + row * stride_doutm + offs_n, mask=mask_n).to(tl.float32)
+    gate = tl.load(gate_ptr + row * stride_gatem + offs_n, mask=mask_n).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_upm + offs_n, mask=mask_n).to(tl.float32)
     s = 1.0 / (1.0 + tl.exp(-gate))
     dsilu = dout * s
     dgate = dsilu * up * (1.0 + gate * (1.0 - s))
@@ -111,9 +111,9 @@ def _swiglu_bwd_kernel(
 # Launchers
 # --------------------------------------------------------------------------------------------------------------------
 
-# Two 16-byte loads of each half-precision input per thread.
-_FWD_CONFIG = {"BLOCK_N": 2048, "num_warps": 4}
-_BWD_CONFIG = {"BLOCK_N": 2048, "num_warps": 4}
+# One 16-byte load of each half-precision input per thread. On an H200, 8192x14336: forward 4.35 TB/s (2048: 4.32), backward 4.29.
+_FWD_CONFIG = {"BLOCK_N": 1024, "num_warps": 4}
+_BWD_CONFIG = {"BLOCK_N": 1024, "num_warps": 4}
 
 
 def _rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
