@@ -38,7 +38,7 @@ test: $(READY)   ## the whole CPU suite
 
 test-gpu: ## every op on this machine's GPU; writes tests/gpu_record.json
 	@$(if $(GPU_READY),$(MAKE) --no-print-directory $(GPU_READY))
-	$(GPU_PY) -m torch_triton_ops.testing --device cuda --record tests/gpu_record.json
+	$(GPU_PY) -m torch_triton_ops.testing --device cuda --jobs $(shell nproc) --record tests/gpu_record.json
 
 bench: ## every op against its peers; writes bench/results/
 	@$(if $(GPU_READY),$(MAKE) --no-print-directory $(GPU_READY))

@@ -29,12 +29,15 @@ import json
 import math
 import platform
 import re
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,7 @@ _CHUNK = 1 << 26  # elements compared at a time: the fp64 temporaries of a 2**31
 _SMALL = 1 << 22  # elements of a sample up to which every variant of strides and upstream gradients is tried
 _BAND = 4096  # guard elements on either side of an allocation: an unmasked block's tail lands there
 _SEED = 20
+_JOB_SECONDS = 900  # a deadlocked kernel must not hold the machine
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1781,6 +1785,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="append", choices=CHECKS, help="may be repeated (default: every check)")
     parser.add_argument("--record", type=Path, help="JSON file that is updated after each op")
     parser.add_argument("--status", type=Path, help="list the ops that changed since the record's pass, and stop")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one op and dtype each (default: 1)")
+    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)  # where a process of --jobs leaves its results
     options = parser.parse_args(argv)
     if options.status is not None:
         record = json.loads(options.status.read_text()) if options.status.is_file() else {}
@@ -1797,10 +1803,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtypes = [registry.DTYPES[name] for name in options.dtype] if options.dtype else None
     record = json.loads(options.record.read_text()) if options.record and options.record.is_file() else {}
     failed = 0
-    for spec in specs:
-        start = time.perf_counter()
-        report = check_op(spec.op, device=device, dtypes=dtypes, checks=options.check)
-        seconds = time.perf_counter() - start
+    for spec, report, seconds in _reports(specs, device, dtypes, options):
+        if options.results:
+            options.results.write_text(json.dumps([astuple(r) for r in report.results]))
         failed += not report.passed
         counts = Counter({True: "passed", False: "failed", None: "skipped"}[r.passed] for r in report.results)
         verdict = "ok  " if report.passed else "FAIL"
@@ -1812,6 +1817,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.record.parent.mkdir(parents=True, exist_ok=True)
             options.record.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     return 1 if failed else 0
+
+
+def _reports(
+    specs: Sequence[registry.OpSpec], device: torch.device, dtypes: Sequence[torch.dtype] | None, options: Any
+) -> Iterator[tuple[registry.OpSpec, Report, float]]:
+    """Each op's report and seconds: in this process, or in `options.jobs` others (most of the time is compilation)."""
+    if options.jobs <= 1:
+        for spec in specs:
+            start = time.perf_counter()
+            report = check_op(spec.op, device=device, dtypes=dtypes, checks=options.check)
+            yield spec, report, time.perf_counter() - start
+        return
+
+    def run(spec: registry.OpSpec, dtype: torch.dtype, folder: str) -> tuple[list[CheckResult], float]:
+        start = time.perf_counter()
+        name = str(dtype).removeprefix("torch.")
+        results = Path(folder) / f"{spec.name}-{name}.json"
+        command = [sys.executable, "-m", "torch_triton_ops.testing", "--op", spec.name, "--dtype", name]
+        command += ["--device", str(device), "--results", str(results)]
+        command += [word for check in options.check or () for word in ("--check", check)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_JOB_SECONDS)
+            why = f"the process ended with {done.returncode}: {done.stderr[-2000:]}"
+        except subprocess.TimeoutExpired:
+            why = f"the process was stopped after {_JOB_SECONDS} s: a kernel that hangs, or too little time"
+        if results.is_file():
+            found = [CheckResult(*row) for row in json.loads(results.read_text())]
+        else:
+            found = [CheckResult("process", dtype_name(dtype), False, why)]
+        return found, time.perf_counter() - start
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        waiting = {s.name: [pool.submit(run, s, d, folder) for d in dtypes or s.dtypes] for s in specs}
+        for spec in specs:
+            parts = [future.result() for future in waiting[spec.name]]
+            # what does not depend on the dtype was found in every process: once is enough
+            results = list({(r.check, r.sample): r for found, _ in parts for r in found}.values())
+            yield spec, Report(spec.qualname, str(device), results), max(seconds for _, seconds in parts)
 
 
 if __name__ == "__main__":

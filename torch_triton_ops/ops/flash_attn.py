@@ -385,7 +385,7 @@ def _flash_attn_bwd_rows_kernel(
     rows_ptr += bh.to(tl.int64) * Sq_padded
     mask_m = offs_m < Sq_padded
     tl.store(rows_ptr + offs_m, lse, mask=mask_m)
-    tl.store(rows_ptr + BH.to(tl.int64) * Sq_padded + offs_m, tl.sum(out * dout, 1), mask=mask_m)
+    tl.store(rows_ptr + tl.cast(BH, tl.int64) * Sq_padded + offs_m, tl.sum(out * dout, 1), mask=mask_m)
 
 
 @triton.jit

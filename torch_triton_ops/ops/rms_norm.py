@@ -324,8 +324,10 @@ def _block_m(block_n: int) -> int:
 
 
 def _fwd_config(block_n: int) -> dict[str, int]:
-    # 4096 elements and 4 warps: four 16-byte loads in flight per thread
-    return {"BLOCK_M": _block_m(block_n), "BLOCK_N": block_n, "num_warps": min(max(block_n // 1024, 4), 16)}
+    # A warp for every 1024 elements, four 16-byte loads in flight per thread; short rows share a program of one warp. On an
+    # H200, 32768x1024: 3.99 TB/s, against 3.83 with 4 rows and 4 warps a program.
+    block_m = min(max(1024 // block_n, 1), 64)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": min(max(block_n // 1024, 1), 16)}
 
 
 def _bwd_config(N: int, itemsize: int) -> tuple[dict[str, Any], int] | None:
@@ -341,7 +343,8 @@ def _bwd_config(N: int, itemsize: int) -> tuple[dict[str, Any], int] | None:
         "BLOCK_N": block_n,
         "KEEP_WEIGHT": block_n < _MAX_ROW,
         "STAGES": 3 if tile_bytes <= 32768 else 2,
-        "num_warps": 8 if block_n <= 4096 or N % 8 != 0 else block_n // 512,
+        # H200: 4096 columns 3.65 TB/s with 4 or 8 warps, 1024 columns 3.73 with 4 and 3.57 with 8
+        "num_warps": 4 if block_n <= 4096 and N % 8 == 0 else 8 if N % 8 != 0 else block_n // 512,
     }
     return config, 2 if tile_bytes <= 16384 else 1
 
@@ -474,7 +477,7 @@ def rms_norm_bwd(
                 BLOCK_N=128,
             )
         # narrow columns: many programs, because each one's loop over the partial sums is all latency
-        block_n = 32 if N <= 8192 else 128
+        block_n = 16 if N <= 8192 else 128
         grid = (cdiv(N, block_n),)
         launch(_rms_norm_sum_kernel, grid, partial, dweight, partial.shape[0], N, BLOCK_G=64, BLOCK_N=block_n)
     return dx, dweight

@@ -254,12 +254,12 @@ def _rows(x: torch.Tensor, M: int, N: int) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _register_config(N: int, per_thread: int) -> dict[str, int]:
-    # `per_thread` elements a thread; rows of up to 1024 share a program of 4096 elements
+def _register_config(N: int) -> dict[str, int]:
+    # 16 elements a thread; rows of up to 1024 share a program of one warp: small programs overlap better than wide ones
     BLOCK_N = next_power_of_2(N)
-    BLOCK_M = 4096 // BLOCK_N if BLOCK_N <= 1024 else 1
-    num_warps = max(4, BLOCK_M * BLOCK_N // (32 * per_thread))
-    return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps}
+    if BLOCK_N <= 1024:
+        return {"BLOCK_M": 2048 // BLOCK_N if BLOCK_N >= 32 else 64, "BLOCK_N": BLOCK_N, "num_warps": 1}
+    return {"BLOCK_M": 1, "BLOCK_N": BLOCK_N, "num_warps": max(4, min(BLOCK_N // 512, 32))}
 
 
 def _online_config(N: int, R: int) -> dict[str, int]:
@@ -284,7 +284,7 @@ def softmax(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         return y
     x = _rows(x, M, N)
     if N <= 32768:
-        config = _register_config(N, 32)
+        config = _register_config(N)
         launch(_softmax_fwd_kernel, (cdiv(M, config["BLOCK_M"]),), x, y, M, N, x.stride(0), **config)
     else:
         grid = (min(M, sm_count(x.device)),)
@@ -309,7 +309,7 @@ def softmax_bwd(dy: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
     dy, y = _rows(dy, M, N), _rows(y, M, N)
     strides = dy.stride(0), y.stride(0)
     if N <= 16384:  # two tensors wait in registers
-        config = _register_config(N, 16)
+        config = _register_config(N)
         launch(_softmax_bwd_kernel, (cdiv(M, config["BLOCK_M"]),), dy, y, dx, M, N, *strides, **config)
     else:
         grid = (min(M, sm_count(y.device)),)

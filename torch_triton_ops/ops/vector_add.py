@@ -72,6 +72,12 @@ def vector_add_samples(device: torch.device | str, dtype: torch.dtype) -> Iterat
         )
 
 
+def vector_add_gpu_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    if dtype == torch.bfloat16:  # offsets past 2**31 elements
+        x = torch.randn(2**31 + 5, device=device, dtype=dtype)
+        yield Sample("2^31+5", (x, x.flip(0)))
+
+
 def vector_add_error_samples(device: torch.device | str) -> Iterator[ErrorSample]:
     x = torch.randn(4, 5, device=device)
     yield ErrorSample("shapes_differ", (x, x[0]), match=r"vector_add.*'y'.*\(5,\).*\(4, 5\)")
