@@ -90,7 +90,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(3, 128, 4, 2, 384, context=128, batch=8, steps=500, learning_rate=2e-3),
+    "tiny": Preset(3, 128, 4, 2, 384, context=128, batch=8, steps=400, learning_rate=2e-3),
     "small": Preset(6, 512, 8, 2, 1408, context=512, batch=16, steps=300, learning_rate=1.5e-3),
     "medium": Preset(8, 1024, 16, 4, 2816, context=1024, batch=16, steps=300, learning_rate=8e-4),
 }
