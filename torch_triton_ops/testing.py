@@ -68,6 +68,7 @@ _CHUNK = 1 << 26  # elements compared at a time: the fp64 temporaries of a 2**31
 _SMALL = 1 << 22  # elements of a sample up to which every variant of strides and upstream gradients is tried
 _BAND = 4096  # guard elements on either side of an allocation: an unmasked block's tail lands there
 _SEED = 20
+_JOB_SAMPLES = 10  # samples of one op and dtype that a process of --jobs takes
 _JOB_SECONDS = 900  # a deadlocked kernel must not hold the machine
 
 
@@ -1552,6 +1553,7 @@ def check_op(
     device: torch.device | str | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     checks: Sequence[str] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Report:
     """Prove an op: schema, fake, values, gradients, strides, bounds, autograd, torch.compile, determinism, CUDA graphs.
 
@@ -1567,6 +1569,8 @@ def check_op(
         device: where the samples go. Default: that of the given samples, else "cuda" if there is a GPU, else "cpu".
         dtypes: default: the registry's; without it, samples as they are.
         checks: names out of `CHECKS`; default all.
+        part: (i, n) leaves all but every n-th sample, beginning at the i-th, to other processes; what runs once for an
+            op is in part 0.
 
     Returns:
         A `Report` with one result per check and sample.
@@ -1609,6 +1613,7 @@ def check_op(
         cases = [c for c in cases if not (INTERPRET and c.sample.slow_in_interpreter)]
         seen += [replace(c, siblings=[]) for c in cases if not c.large]
         few = _representatives(cases)
+        cases = cases[part[0] :: part[1]]
         for case in cases:
             case.thorough = dtypes is None or dtype == dtypes[0]
         while cases:
@@ -1618,6 +1623,8 @@ def check_op(
                     if (check.scope == "few" and case not in few) or (case.large and not check.large):
                         continue
                     report.results.append(_apply(check_name, check, case))
+    if part[0] != 0:
+        return report
     if "gradcheck" in chosen:
         for case in _cases(subject, samples, torch.float64, large=False):
             report.results.append(_apply("gradcheck", _CHECKS["gradcheck"], case))
@@ -1785,7 +1792,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="append", choices=CHECKS, help="may be repeated (default: every check)")
     parser.add_argument("--record", type=Path, help="JSON file that is updated after each op")
     parser.add_argument("--status", type=Path, help="list the ops that changed since the record's pass, and stop")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, one op and dtype each (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with some samples of an op (default: 1)")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)  # where a process of --jobs leaves its results
     options = parser.parse_args(argv)
     if options.status is not None:
@@ -1826,15 +1834,16 @@ def _reports(
     if options.jobs <= 1:
         for spec in specs:
             start = time.perf_counter()
-            report = check_op(spec.op, device=device, dtypes=dtypes, checks=options.check)
+            report = check_op(spec.op, device=device, dtypes=dtypes, checks=options.check, part=tuple(options.part))
             yield spec, report, time.perf_counter() - start
         return
 
-    def run(spec: registry.OpSpec, dtype: torch.dtype, folder: str) -> tuple[list[CheckResult], float]:
+    def run(spec: registry.OpSpec, dtype: torch.dtype, i: int, n: int, folder: str) -> tuple[list[CheckResult], float]:
         start = time.perf_counter()
         name = str(dtype).removeprefix("torch.")
-        results = Path(folder) / f"{spec.name}-{name}.json"
+        results = Path(folder) / f"{spec.name}-{name}-{i}.json"
         command = [sys.executable, "-m", "torch_triton_ops.testing", "--op", spec.name, "--dtype", name]
+        command += ["--part", str(i), str(n)]
         command += ["--device", str(device), "--results", str(results)]
         command += [word for check in options.check or () for word in ("--check", check)]
         try:
@@ -1845,11 +1854,15 @@ def _reports(
         if results.is_file():
             found = [CheckResult(*row) for row in json.loads(results.read_text())]
         else:
-            found = [CheckResult("process", dtype_name(dtype), False, why)]
+            found = [CheckResult("process", f"{dtype_name(dtype)} part {i} of {n}", False, why)]
         return found, time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        waiting = {s.name: [pool.submit(run, s, d, folder) for d in dtypes or s.dtypes] for s in specs}
+        waiting: dict[str, list[Any]] = {spec.name: [] for spec in specs}
+        for spec in sorted(specs, key=lambda spec: -len(samples_of(spec, "cpu", spec.dtypes[0]))):  # the longest first
+            parts_of = -(-len(samples_of(spec, "cpu", spec.dtypes[0])) // _JOB_SAMPLES)
+            for dtype in dtypes or spec.dtypes:
+                waiting[spec.name] += [pool.submit(run, spec, dtype, i, parts_of, folder) for i in range(parts_of)]
         for spec in specs:
             parts = [future.result() for future in waiting[spec.name]]
             # what does not depend on the dtype was found in every process: once is enough

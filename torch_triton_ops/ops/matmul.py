@@ -275,7 +275,12 @@ def _matmul_kernel(
         if UPCAST:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if PRECISION == "ieee":
+            # Sums of BLOCK_K products, then a sum of those: a chain of K additions would round K times, and cuBLAS
+            # does not. The product with 1.0 keeps the compiler from chaining them again.
+            acc = tl.fma(acc, 1.0, tl.dot(a, b, input_precision=PRECISION))
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
         a_ptrs += a_step
         b_ptrs += b_step
 
