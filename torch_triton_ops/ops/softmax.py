@@ -264,12 +264,12 @@ def _rows(x: torch.Tensor, M: int, N: int) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _register_config(N: int) -> dict[str, int]:
+def _register_config(N: int, itemsize: int) -> dict[str, int]:
     # 16 elements a thread; rows of up to 1024 share a program of one warp: small programs overlap better than wide ones
     BLOCK_N = next_power_of_2(N)
     if BLOCK_N <= 1024:
         return {"BLOCK_M": 2048 // BLOCK_N if BLOCK_N >= 32 else 64, "BLOCK_N": BLOCK_N, "num_warps": 1}
-    return {"BLOCK_M": 1, "BLOCK_N": BLOCK_N, "num_warps": max(4, min(BLOCK_N // 512, 32))}
+    return {"BLOCK_M": 1, "BLOCK_N": BLOCK_N, "num_warps": max(4, min(BLOCK_N // 512, 64 // itemsize))}
 
 
 def _online_config(N: int, itemsize: int) -> tuple[dict[str, int], int]:
@@ -277,11 +277,11 @@ def _online_config(N: int, itemsize: int) -> tuple[dict[str, int], int]:
     # allow no 16-byte loads need an address for each element: more threads, lest registers spill.
     if N % 8 == 0 and N * itemsize <= 131072:
         return {"R": 2, "L": 4096, "num_warps": 16}, 2
-    return {"R": 2, "L": 8192, "num_warps": 32}, 1
+    return {"R": 2, "L": 8192 if N % 8 == 0 else 4096, "num_warps": 32}, 1
 
 
-def _online_bwd_config(N: int) -> dict[str, int]:
-    return {"R": 2, "L": 8192 if N % 8 == 0 else 4096, "num_warps": 32}
+def _online_bwd_config(N: int, itemsize: int) -> dict[str, int]:
+    return {"R": 2, "L": 8192 if N % 8 == 0 and itemsize == 2 else 4096, "num_warps": 32}
 
 
 def _column_config(N: int, K: int) -> dict[str, int]:
@@ -301,7 +301,7 @@ def softmax(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         return y
     x = _rows(x, M, N)
     if N <= 32768:
-        config = _register_config(N)
+        config = _register_config(N, x.element_size())
         launch(_softmax_fwd_kernel, (cdiv(M, config["BLOCK_M"]),), x, y, M, N, x.stride(0), **config)
     else:
         config, per_sm = _online_config(N, x.element_size())
@@ -327,11 +327,11 @@ def softmax_bwd(dy: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
     dy, y = _rows(dy, M, N), _rows(y, M, N)
     strides = dy.stride(0), y.stride(0)
     if N <= 16384:  # two tensors wait in registers
-        config = _register_config(N)
+        config = _register_config(N, y.element_size())
         launch(_softmax_bwd_kernel, (cdiv(M, config["BLOCK_M"]),), dy, y, dx, M, N, *strides, **config)
     else:
         grid = (min(M, sm_count(y.device)),)
-        launch(_softmax_bwd_online_kernel, grid, dy, y, dx, M, N, *strides, **_online_bwd_config(N))
+        launch(_softmax_bwd_online_kernel, grid, dy, y, dx, M, N, *strides, **_online_bwd_config(N, y.element_size()))
     return dx
 
 
