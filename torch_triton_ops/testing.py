@@ -68,6 +68,7 @@ _CHUNK = 1 << 26  # elements compared at a time: the fp64 temporaries of a 2**31
 _SMALL = 1 << 22  # elements of a sample up to which every variant of strides and upstream gradients is tried
 _BAND = 4096  # guard elements on either side of an allocation: an unmasked block's tail lands there
 _SEED = 20
+_LAYOUT_SAMPLES = 8  # samples, at least, on which every layout is tried
 _JOB_SAMPLES = 10  # samples of one op and dtype that a process of --jobs takes
 _JOB_SECONDS = 900  # a deadlocked kernel must not hold the machine
 
@@ -406,7 +407,8 @@ class _Case:
     sample: Sample
     call: _Call
     large: bool = False
-    thorough: bool = True  # the first dtype: costly checks try every variant
+    thorough: bool = True  # the op's first dtype: costly checks try every variant
+    every_layout: bool = True  # strides and upstream gradients of every layout, each a compilation of its own
     siblings: list[_Case] = field(default_factory=list, repr=False)
 
     @property
@@ -808,6 +810,8 @@ def _check_gradients(case: _Case) -> None:
             v if v is None or not v.numel() else v[(0,) * v.ndim].clone().expand(v.shape) for v in case.upstream
         ]
         case.compare_gradients(case.run_with_gradients(upstream), case.expected_gradients(upstream))
+    if not case.every_layout:
+        return
     for label, other in _upstream_layouts(case.upstream):
         with _context(f"{label} upstream gradient"):
             case.compare_gradients(case.run_with_gradients(other))
@@ -832,6 +836,10 @@ def _check_strides(case: _Case) -> str | None:
         raise _Skipped("the sample is large")
     if not case.call.tensors:
         raise _Skipped("no tensor argument")
+    if not case.every_layout:
+        raise _Skipped(
+            "layouts are tried on samples spread over the first dtype, and on representative ones of the others"
+        )
     with contextlib.suppress(_Skipped):
         _ = case.expected
         if case.differentiable:
@@ -1613,9 +1621,11 @@ def check_op(
         cases = [c for c in cases if not (INTERPRET and c.sample.slow_in_interpreter)]
         seen += [replace(c, siblings=[]) for c in cases if not c.large]
         few = _representatives(cases)
+        first_dtype = dtypes is None or dtype == (spec.dtypes if spec is not None else dtypes)[0]
+        for i, case in enumerate(cases):
+            case.thorough = first_dtype
+            case.every_layout = case in few or (first_dtype and i % max(1, len(cases) // _LAYOUT_SAMPLES) == 0)
         cases = cases[part[0] :: part[1]]
-        for case in cases:
-            case.thorough = dtypes is None or dtype == dtypes[0]
         while cases:
             case = cases.pop(0)  # so that a large sample's memory is free before the next one
             for check_name, check in _CHECKS.items():
