@@ -39,7 +39,9 @@ def leaf(*shape, dtype=torch.float32):
 
 
 def test_vector_add():
-    expecttest.assert_expected_inline(graphs(torch.ops.tt.vector_add, leaf(3, 4), leaf(3, 4)), """\
+    expecttest.assert_expected_inline(
+        graphs(torch.ops.tt.vector_add, leaf(3, 4), leaf(3, 4)),
+        """\
 == FX
 class GraphModule(torch.nn.Module):
     def forward(self, L_args_0_: "f32[3, 4][4, 1]", L_args_1_: "f32[3, 4][4, 1]"):
@@ -56,11 +58,14 @@ class GraphModule(torch.nn.Module):
 class GraphModule(torch.nn.Module):
     def forward(self, tangents_1: "f32[3, 4][4, 1]"):
         return (tangents_1, tangents_1)
-""")
+""",
+    )
 
 
 def test_rms_norm_saves_what_the_backward_needs():
-    expecttest.assert_expected_inline(graphs(torch.ops.tt.rms_norm, leaf(3, 8), leaf(8)), """\
+    expecttest.assert_expected_inline(
+        graphs(torch.ops.tt.rms_norm, leaf(3, 8), leaf(8)),
+        """\
 == FX
 class GraphModule(torch.nn.Module):
     def forward(self, L_args_0_: "f32[3, 8][8, 1]", L_args_1_: "f32[8][1]"):
@@ -82,12 +87,15 @@ class GraphModule(torch.nn.Module):
         getitem_2: "f32[3, 8][8, 1]" = rms_norm_bwd[0]
         getitem_3: "f32[8][1]" = rms_norm_bwd[1];  rms_norm_bwd = None
         return (getitem_2, getitem_3)
-""")
+""",
+    )
 
 
 def test_rms_norm_without_the_weights_gradient():
     weight = torch.ones(8)
-    expecttest.assert_expected_inline(graphs(lambda x: torch.ops.tt.rms_norm(x, weight), leaf(3, 8)), """\
+    expecttest.assert_expected_inline(
+        graphs(lambda x: torch.ops.tt.rms_norm(x, weight), leaf(3, 8)),
+        """\
 == FX
 class GraphModule(torch.nn.Module):
     def forward(self, L_x_: "f32[3, 8][8, 1]", L_weight_: "f32[8][1]"):
@@ -108,7 +116,8 @@ class GraphModule(torch.nn.Module):
         rms_norm_bwd = torch.ops.tt.rms_norm_bwd.default(tangents_1, primals_1, primals_2, getitem_1, 0.0, [True, False]);  tangents_1 = primals_1 = primals_2 = getitem_1 = None
         getitem_2: "f32[3, 8][8, 1]" = rms_norm_bwd[0];  rms_norm_bwd = None
         return (getitem_2, None)
-""")
+""",
+    )
 
 
 def test_llama_block_and_loss():

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def built(tmp_path_factory):
     """(wheel, sdist), built from a copy of the tracked files."""
     source = tmp_path_factory.mktemp("source")
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    files = (
+        subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    )
     for name in filter(None, files):
         if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,10 @@ def test_installed_wheel_runs_an_op(built, tmp_path):
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--quiet"]
     subprocess.run([*pip, str(built[0])], check=True, capture_output=True)
     site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     # our own editable install must not be what is imported: borrow by name
     borrowed = tmp_path / "borrowed"

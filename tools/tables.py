@@ -25,7 +25,9 @@ def op_table() -> str:
     for spec in torch_triton_ops.specs():
         dtypes = ", ".join(short.get(str(d).removeprefix("torch."), str(d).removeprefix("torch.")) for d in spec.dtypes)
         seen = "inlined kernel" if spec.visibility == "triton" else "one node"
-        rows.append(f"| `{spec.name}` | {spec.summary} | {', '.join(spec.differentiable) or 'none'} | {dtypes} | {seen} |")
+        rows.append(
+            f"| `{spec.name}` | {spec.summary} | {', '.join(spec.differentiable) or 'none'} | {dtypes} | {seen} |"
+        )
     return "\n".join(rows)
 
 
@@ -59,7 +61,11 @@ def figure_table() -> str:
 def host_table() -> str:
     rows = json.loads(RECORD.read_text(encoding="utf-8"))["rows"]
     lines = ["| host time a call, 1024-element add | microseconds |", "|---|---|"]
-    lines += [f"| {row['impl']} | {row['host_us']:.1f} |" for row in rows if row["op"] == "vector_add" and row["case"] == "1024"]
+    lines += [
+        f"| {row['impl']} | {row['host_us']:.1f} |"
+        for row in rows
+        if row["op"] == "vector_add" and row["case"] == "1024"
+    ]
     return "\n".join(lines)
 
 

@@ -89,7 +89,9 @@ def flash_attn_fwd_reference(
         score = softcap * torch.tanh(score / softcap)
     p = _softmax(score, visible)
     lse = score.masked_fill(~visible, -math.inf).logsumexp(-1)
-    return _dense_copy(p @ v_all, q), lse
+    # Half-precision weights are rounded before the second product, as in eager attention and in the kernel: its operands
+    # are of the inputs' dtype. The scores stay in fp32.
+    return _dense_copy(p.to(q.dtype).to(dtype) @ v_all, q), lse
 
 
 def flash_attn_bwd_reference(

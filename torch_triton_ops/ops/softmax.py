@@ -39,7 +39,7 @@ import triton.language as tl
 
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.errors import bad_argument
-from torch_triton_ops.launch import cdiv, launch, next_power_of_2, sm_count
+from torch_triton_ops.launch import capability, cdiv, launch, next_power_of_2, sm_count
 
 
 def _upcast(x: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,9 @@ def _softmax_fwd_online_kernel(x_ptr, y_ptr, M, N, stride_xm, R: tl.constexpr, L
         for start in range(0, N, BLOCK_N):
             x = ahead.to(tl.float32)
             offs_ahead = start + BLOCK_N + offs
-            ahead = tl.load(x_row_ptr + offs_ahead, mask=offs_ahead < N, other=float("-inf"))
+            ahead = tl.load(
+                x_row_ptr + offs_ahead, mask=offs_ahead < N, other=float("-inf"), eviction_policy="evict_last"
+            )
             s += tl.sum(tl.exp(x - shift), axis=0)
         total = tl.sum(s, axis=0)
         # 2**-60 to 2**60; not so for NaN, for a first tile of -inf and for one far below the row's maximum
@@ -272,12 +274,14 @@ def _register_config(N: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK_M": 1, "BLOCK_N": BLOCK_N, "num_warps": max(4, min(BLOCK_N // 512, 64 // itemsize))}
 
 
-def _online_config(N: int, itemsize: int) -> tuple[dict[str, int], int]:
+def _online_config(N: int, itemsize: int, target: int) -> tuple[dict[str, int], int]:
     # Tile and programs per SM: two where the rows of all of them fit into L2 (50 to 60 MB on sm_90), one otherwise. Rows that
     # allow no 16-byte loads need an address for each element: more threads, lest registers spill.
     if N % 8 == 0 and N * itemsize <= 131072:
         return {"R": 2, "L": 4096, "num_warps": 16}, 2
-    return {"R": 2, "L": 8192 if N % 8 == 0 else 4096, "num_warps": 32}, 1
+    if N % 8 == 0:
+        return {"R": 4 if itemsize == 2 and target == 90 else 2, "L": 8192, "num_warps": 32}, 1  # sm_100 would spill
+    return {"R": 2, "L": 4096, "num_warps": 32}, 1
 
 
 def _online_bwd_config(N: int, itemsize: int) -> dict[str, int]:
@@ -304,7 +308,7 @@ def softmax(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         config = _register_config(N, x.element_size())
         launch(_softmax_fwd_kernel, (cdiv(M, config["BLOCK_M"]),), x, y, M, N, x.stride(0), **config)
     else:
-        config, per_sm = _online_config(N, x.element_size())
+        config, per_sm = _online_config(N, x.element_size(), capability(x.device))
         grid = (min(M, sm_count(x.device) * per_sm),)
         launch(_softmax_fwd_online_kernel, grid, x, y, M, N, x.stride(0), **config)
     return y
