@@ -1,7 +1,7 @@
 """Golden graphs: what Dynamo captures of an op, and what AOTAutograd makes of its forward and backward.
 
 One accept switch: `make accept` (EXPECTTEST_ACCEPT=1) rewrites the expectations; look at the diff.
-Graphs are those of CPU tensors, where every op is one node; names of nodes belong to torch, so they are pinned to its minor version.
+Graphs are those of CPU tensors, where every op is one node. The names of nodes belong to torch: pinned to its minor version.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.testing import AotEagerAndRecordGraphs, normalize_gm
 
-import torch_triton_ops
+import torch_triton_ops  # noqa: F401  (registers the ops)
 
 pytestmark = pytest.mark.skipif(
     not torch.__version__.startswith("2.13."), reason="golden graphs are those of torch 2.13 (node names change)"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -254,7 +254,7 @@ class _Entry:
         self.lines: dict[str, int] = {}
         self.values: dict[str, Any] = {}
 
-    def fail(self, key: str | None, message: str) -> Any:
+    def fail(self, key: str | None, message: str) -> NoReturn:
         line = self.lines.get(key or "", self.node.start_mark.line + 1)
         raise RegistryError(f"{self.path}:{line}: {message}")
 
