@@ -257,6 +257,18 @@ def _head_and_block(pid, S, H, BH, GROUP: tl.constexpr, BLOCK: tl.constexpr, LAS
 
 
 @triton.jit
+def _dot_add(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b. In fp32 a chain of additions over all keys rounds too often: one sum per block, then a sum of those.
+
+    The product with 1.0 keeps the compiler from chaining them again.
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        return tl.fma(acc, 1.0, tl.dot(a, b, input_precision=PRECISION))
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _attend(
     acc, l, m, q, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr,
@@ -292,7 +304,7 @@ def _attend(
     l = l * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
     v = _load_rows(v_ptr, start_n, stride_vn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, UPCAST)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    acc = _dot_add(p.to(v.dtype), v, acc, PRECISION)
     return acc, l, m_new
 
 
@@ -415,13 +427,13 @@ def _dkdv_step(
                 p = tl.where(offs_m[None, :] <= last[:, None], p, 0.0)
     dout = _load_rows(dout_ptr, start_m, stride_dm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, UPCAST)
     if NEEDS_DV:
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dv = _dot_add(p.to(dout.dtype), dout, dv, PRECISION)
     if NEEDS_DK:
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         ds = p * (dp - tl.load(delta_ptr + offs_m)[None, :])
         if SOFTCAP > 0:
             ds = ds * (1.0 - s * s)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = _dot_add(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
 
 
@@ -510,7 +522,7 @@ def _dq_step(
     ds = p * (dp - delta[:, None])
     if SOFTCAP > 0:
         ds = ds * (1.0 - s * s)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return _dot_add(ds.to(k.dtype), k, dq, PRECISION)
 
 
 @triton.jit(do_not_specialize=["Sq", "Skv", "BH", "window_left", "window_right"])
