@@ -138,7 +138,9 @@ def test_llama_block_and_loss():
 
     args = [leaf(2, 8, 64), leaf(64, 64), leaf(32, 64), leaf(32, 64), leaf(64, 64), leaf(96, 64), leaf(96, 64)]
     args += [leaf(64, 96), leaf(32, 64), torch.ones(8, 8), torch.ones(8, 8), torch.zeros(16, dtype=torch.long)]
-    expecttest.assert_expected_inline(graphs(block, *args), """\
+    expecttest.assert_expected_inline(
+        graphs(block, *args),
+        """\
 == FX
 class GraphModule(torch.nn.Module):
     def forward(self, L_x_: "f32[2, 8, 64][512, 64, 1]", L_wq_: "f32[64, 64][64, 1]", L_wk_: "f32[32, 64][64, 1]", L_wv_: "f32[32, 64][64, 1]", L_cos_: "f32[8, 8][8, 1]", L_sin_: "f32[8, 8][8, 1]", L_wo_: "f32[64, 64][64, 1]", L_gate_: "f32[96, 64][64, 1]", L_up_: "f32[96, 64][64, 1]", L_down_: "f32[64, 96][96, 1]", L_head_: "f32[32, 64][64, 1]", L_target_: "i64[16][1]"):
@@ -310,4 +312,5 @@ class GraphModule(torch.nn.Module):
         getitem_36: "f32[2, 8, 64][512, 64, 1]" = rms_norm_bwd_1[0];  rms_norm_bwd_1 = None
         add_6: "f32[2, 8, 64][512, 64, 1]" = torch.ops.aten.add.Tensor(add_3, getitem_36);  add_3 = getitem_36 = None
         return (add_6, matmul_15, matmul_13, matmul_11, None, None, matmul_9, matmul_7, matmul_5, matmul_3, matmul_1, None)
-""")
+""",
+    )

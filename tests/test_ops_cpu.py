@@ -13,7 +13,6 @@ import torch
 
 import torch_triton_ops  # noqa: F401 - registers the ops
 from torch_triton_ops import registry
-from torch_triton_ops.cases import Sample
 from torch_triton_ops.testing import CHECKS, ONCE, PER_SAMPLE, check_op, dtype_name, samples_of
 
 OPS = registry.specs()
@@ -23,8 +22,10 @@ SEVERAL = tuple(name for name in CHECKS if name not in PER_SAMPLE + ONCE)
 def every_sample() -> Iterator[Any]:
     for spec in OPS:
         for dtype in spec.dtypes:
-            for sample in samples_of(spec, "cpu", dtype):
-                yield pytest.param(spec, sample, id=f"{spec.name}-{dtype_name(dtype)}-{sample.id}")
+            samples = samples_of(spec, "cpu", dtype)
+            for i, sample in enumerate(samples):
+                part = (i, len(samples))
+                yield pytest.param(spec, dtype, part, id=f"{spec.name}-{dtype_name(dtype)}-{sample.id}")
 
 
 def every_dtype() -> Iterator[Any]:
@@ -33,9 +34,9 @@ def every_dtype() -> Iterator[Any]:
             yield pytest.param(spec, dtype, id=f"{spec.name}-{dtype_name(dtype)}")
 
 
-@pytest.mark.parametrize(("spec", "sample"), list(every_sample()))
-def test_sample(spec: registry.OpSpec, sample: Sample) -> None:
-    check_op(spec.op, [sample], checks=PER_SAMPLE).raise_if_failed()
+@pytest.mark.parametrize(("spec", "dtype", "part"), list(every_sample()))
+def test_sample(spec: registry.OpSpec, dtype: torch.dtype, part: tuple[int, int]) -> None:
+    check_op(spec.op, device="cpu", dtypes=[dtype], checks=PER_SAMPLE, part=part).raise_if_failed()
 
 
 @pytest.mark.parametrize(("spec", "dtype"), list(every_dtype()))

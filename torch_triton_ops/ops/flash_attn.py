@@ -121,7 +121,7 @@ def flash_attn_bwd_reference(
     # From the scores again, not from lse and out: in fp32 those would cost digits where softmax is nearly one-hot.
     p = _softmax(score, visible)
     dp = dout_all @ v_all.transpose(-1, -2)
-    dscore = p * (dp - (p * dp).sum(-1, keepdim=True))
+    dscore = torch.ops.aten._softmax_backward_data(dp, p, -1, dtype)  # p * (dp - sum(p * dp))
     if softcap > 0:
         dscore = dscore * (1 - capped * capped)
     dscore = dscore * scale
