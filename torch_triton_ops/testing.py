@@ -36,7 +36,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +69,7 @@ _SMALL = 1 << 22  # elements of a sample up to which every variant of strides an
 _BAND = 4096  # guard elements on either side of an allocation: an unmasked block's tail lands there
 _SEED = 20
 _LAYOUT_SAMPLES = 8  # samples, at least, on which every layout is tried
-_JOB_SAMPLES = 10  # samples of one op and dtype that a process of --jobs takes
+_JOB_SAMPLES = 4  # samples of one op and dtype that a process of --jobs takes
 _JOB_SECONDS = 900  # a deadlocked kernel must not hold the machine
 
 
@@ -1873,16 +1873,19 @@ def _reports(
         return found, time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        waiting: dict[str, list[Any]] = {spec.name: [] for spec in specs}
+        owner: dict[Future[tuple[list[CheckResult], float]], registry.OpSpec] = {}
         for spec in sorted(specs, key=lambda spec: -len(samples_of(spec, "cpu", spec.dtypes[0]))):  # the longest first
-            parts_of = -(-len(samples_of(spec, "cpu", spec.dtypes[0])) // _JOB_SAMPLES)
+            parts = -(-len(samples_of(spec, "cpu", spec.dtypes[0])) // _JOB_SAMPLES)
             for dtype in dtypes or spec.dtypes:
-                waiting[spec.name] += [pool.submit(run, spec, dtype, i, parts_of, folder) for i in range(parts_of)]
-        for spec in specs:
-            parts = [future.result() for future in waiting[spec.name]]
-            # what does not depend on the dtype was found in every process: once is enough
-            results = list({(r.check, r.sample): r for found, _ in parts for r in found}.values())
-            yield spec, Report(spec.qualname, str(device), results), max(seconds for _, seconds in parts)
+                owner |= {pool.submit(run, spec, dtype, i, parts, folder): spec for i in range(parts)}
+        found: dict[str, list[tuple[list[CheckResult], float]]] = {spec.name: [] for spec in specs}
+        for future in as_completed(owner):
+            spec = owner[future]
+            found[spec.name].append(future.result())
+            if len(found[spec.name]) == sum(other is spec for other in owner.values()):
+                # what does not depend on the dtype was found in several processes: once is enough
+                results = list({(r.check, r.sample): r for part, _ in found[spec.name] for r in part}.values())
+                yield spec, Report(spec.qualname, str(device), results), sum(seconds for _, seconds in found[spec.name])
 
 
 if __name__ == "__main__":
