@@ -626,29 +626,46 @@ def _flash_attn_bwd_dq_kernel(
 _ROW_PADDING = 128
 
 
-def _config(kernel: str, dtype: torch.dtype, block_d: int, target: int) -> tuple[int, int, int, int]:
+def _config(
+    kernel: str, dtype: torch.dtype, D: int, softcap: float, left: int, target: int
+) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps, num_stages) for kernel "fwd", "dkdv" or "dq": the largest tiles that compile without a spill.
 
     Eight warps also where four would do: some 4-warp products were miscompiled for SM90.
     """
+    block_d = next_power_of_2(D)
     width = "narrow" if block_d <= 64 else "128" if block_d == 128 else "256"
     if dtype == torch.float32:
         kind = "float32"
     else:
         kind = "sm90" if target == 90 else "portable"
-    return _CONFIGS[kind][kernel][width]
+    configs = _CONFIGS[kind][kernel]
+    # a softcap, a left bound and head sizes that fill their block in part need registers of their own
+    crowded = softcap > 0 or left >= 0 or block_d != D
+    return configs.get(f"{width} crowded" if crowded else width, configs[width])
 
 
 _CONFIGS: dict[str, dict[str, dict[str, tuple[int, int, int, int]]]] = {
     "sm90": {
-        "fwd": {"narrow": (128, 128, 8, 2), "128": (128, 128, 8, 2), "256": (128, 32, 8, 2)},
-        "dkdv": {"narrow": (64, 128, 8, 2), "128": (32, 128, 8, 2), "256": (32, 64, 8, 1)},
+        "fwd": {
+            "narrow": (128, 128, 8, 2),
+            "128": (128, 128, 8, 2),
+            "128 crowded": (128, 64, 8, 2),
+            "256": (128, 32, 8, 2),
+        },
+        "dkdv": {
+            "narrow": (64, 128, 8, 2),
+            "narrow crowded": (32, 128, 8, 2),
+            "128": (32, 128, 8, 2),
+            "128 crowded": (32, 64, 8, 2),
+            "256": (32, 32, 8, 1),
+        },
         "dq": {"narrow": (128, 64, 8, 2), "128": (128, 64, 8, 2), "256": (64, 32, 8, 2)},
     },
     "portable": {
         "fwd": {"narrow": (128, 64, 8, 2), "128": (128, 64, 8, 2), "256": (64, 64, 8, 1)},
-        "dkdv": {"narrow": (32, 64, 8, 2), "128": (32, 64, 8, 2), "256": (32, 64, 8, 1)},
-        "dq": {"narrow": (128, 64, 8, 2), "128": (64, 64, 8, 2), "256": (64, 64, 8, 1)},
+        "dkdv": {"narrow": (32, 64, 8, 2), "128": (32, 64, 8, 2), "256": (32, 32, 8, 1)},
+        "dq": {"narrow": (128, 64, 8, 2), "128": (64, 64, 8, 2), "128 crowded": (32, 64, 8, 2), "256": (64, 64, 8, 1)},
     },
     # IEEE products are multiply-adds on whole operands in registers
     "float32": {
@@ -709,8 +726,8 @@ def _forward(
     B, H, Sq, D = q.shape
     Skv = k.shape[2]
     block_d = max(16, next_power_of_2(D))
-    block_m, block_n, num_warps, num_stages = _config("fwd", q.dtype, block_d, capability(q.device))
     left, right = _bounds(Sq, Skv, causal, window_left, window_right)
+    block_m, block_n, num_warps, num_stages = _config("fwd", q.dtype, D, softcap, left, capability(q.device))
     launch(
         _flash_attn_fwd_kernel,
         (cdiv(Sq, block_m) * B * H,),
@@ -751,7 +768,7 @@ def flash_attn_bwd(
 
     padded = cdiv(Sq, _ROW_PADDING) * _ROW_PADDING
     rows = q.new_empty((2, B * H, padded), dtype=torch.float32)  # lse in the unit of the scores, delta
-    block_m = 64 if block_d <= 128 else 32
+    block_m = 64 if block_d <= 128 else 16
     launch(
         _flash_attn_bwd_rows_kernel,
         (padded // block_m * B * H,),
@@ -763,7 +780,7 @@ def flash_attn_bwd(
         BLOCK_D=block_d,
     )
     if needs[1] or needs[2]:
-        block_m, block_n, num_warps, num_stages = _config("dkdv", q.dtype, block_d, target)
+        block_m, block_n, num_warps, num_stages = _config("dkdv", q.dtype, D, softcap, left, target)
         launch(
             _flash_attn_bwd_dkdv_kernel,
             (cdiv(Skv, block_n) * B * Hkv,),
@@ -777,7 +794,7 @@ def flash_attn_bwd(
             **constexprs,
         )
     if needs[0]:
-        block_m, block_n, num_warps, num_stages = _config("dq", q.dtype, block_d, target)
+        block_m, block_n, num_warps, num_stages = _config("dq", q.dtype, D, softcap, left, target)
         launch(
             _flash_attn_bwd_dq_kernel,
             (cdiv(Sq, block_m) * B * H,),
