@@ -305,7 +305,7 @@ def _attend(
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """One block of keys: the online softmax. Scores are kept in units of log 2, so that exp2 needs no product of its own."""
+    """One block of keys: the online softmax. m is in the unit of the scores (`_exp`)."""
     k = _load_rows(k_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     if SOFTCAP > 0:
@@ -413,7 +413,7 @@ def _flash_attn_bwd_rows_kernel(
 ):  # fmt: skip
     """What the backward needs of every query: lse in the unit of the scores (`_exp`), and delta = dot(dout, out).
 
-    Rows beyond Sq, and queries that see nothing, get lse = +inf: then P = exp2(score - lse) is 0 without a mask.
+    Rows beyond Sq, and queries that see nothing, get lse = +inf: then P = exp(score - lse) is 0 without a mask.
     """
     num_blocks = tl.cdiv(Sq_padded, BLOCK_M)
     bh = tl.program_id(0) // num_blocks

@@ -17,9 +17,10 @@ Bytes: 2 * numel * itemsize forward (x read, y written), 3 * numel * itemsize ba
 Three kernels keep to that, by where the row waits between the reduction and the store:
 
 * in registers, up to 32768 elements: read once;
-* in the caches, beyond: a first pass keeps a running maximum and sum, a second reads the row again, backwards, so that
-  what was read last is met first. One program per multiprocessor, and not more, so that all rows in flight fit into the
-  L2 cache: 132 rows of 131072 half-precision elements are 35 MB;
+* in the caches, beyond: a first pass sums the exponentials, shifted by the first tile's maximum (a row for which that
+  leaves the range of fp32 is summed again with a running maximum), a second reads the row again, backwards, so that what
+  was read last is met first. One or two programs per multiprocessor, so that all rows in flight fit into the L2 cache:
+  132 rows of 131072 half-precision elements are 35 MB;
 * a dimension other than the last: the same two passes down a block of neighbouring columns, without a transposed copy.
 
 Source: Milakov and Gimelshein, Online normalizer calculation for softmax, https://arxiv.org/abs/1805.02867
