@@ -2,11 +2,16 @@
 
 `launch(kernel, grid, *args, **constexprs)` picks one of four ways:
 
-* eager CUDA: the compiled kernel is cached by everything Triton specialises on and started directly with integer pointers
-  (about 4 us of host time against 15 us through `kernel[grid]`);
-* inlining, while torch.compile traces an op with `visibility: triton`: `wrap_triton(kernel)[grid](...)`;
+* eager CUDA: the compiled kernel is cached by everything Triton specialises on and started directly with integer pointers,
+  past the Python of `kernel[grid]`;
+* inlining, while torch.compile traces an op with `visibility: triton`: `wrap_triton(kernel)[grid](...)`, or, for a Gluon
+  kernel, which cannot be inlined, `NotInlinable`, upon which the op stays one node of the graph;
 * `TRITON_INTERPRET=1`: Triton's interpreter, on CPU tensors;
 * recording: nothing runs; the call is kept for offline compilation (tests, `explain`).
+
+A kernel with a `PDL: tl.constexpr` parameter takes part in programmatic dependent launch (sm_90 on): its programs may be
+set up while the kernel before it in the stream still drains, and it must call `gdc_wait()` before its first access to
+memory. The launcher fills in PDL; the kernel's author passes nothing.
 
 Importing this module touches no GPU driver. It knows no op.
 """
@@ -100,7 +105,7 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     constexprs: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -137,28 +142,37 @@ def inlining() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class NotInlinable(Exception):
+    """The launcher chose a kernel that `wrap_triton` cannot take: torch.compile must keep the op as one node."""
+
+
 class Descriptor:
     """A TMA descriptor of `base` (last stride 1, 16-byte aligned) with boxes of `block_shape`; made by `descriptor`."""
 
-    __slots__ = ("base", "block_shape", "shape", "strides")
+    __slots__ = ("base", "block_shape", "layout", "shape", "strides")
 
-    def __init__(self, base: torch.Tensor, block_shape: tuple[int, ...]) -> None:
-        self.base, self.block_shape = base, block_shape
+    def __init__(self, base: torch.Tensor, block_shape: tuple[int, ...], layout: Any = None) -> None:
+        self.base, self.block_shape, self.layout = base, block_shape, layout
         self.shape, self.strides = tuple(base.shape), base.stride()
 
     def for_triton(self) -> Any:
+        arguments = self.base, list(self.shape), list(self.strides), list(self.block_shape)
+        if self.layout is not None:
+            from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
+
+            return GluonTensorDescriptor(*arguments, self.layout)
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        return TensorDescriptor(self.base, list(self.shape), list(self.strides), list(self.block_shape))
+        return TensorDescriptor(*arguments)
 
 
-def descriptor(tensor: torch.Tensor, block_shape: tuple[int, ...]) -> Descriptor:
-    """A TMA descriptor to pass to `launch` in the place of a pointer. Ops that use one are `visibility: opaque`.
+def descriptor(tensor: torch.Tensor, block_shape: tuple[int, ...], layout: Any = None) -> Descriptor:
+    """A TMA descriptor to pass to `launch` in the place of a pointer. `layout`: a Gluon kernel's shared-memory layout.
 
     The driver's encoding is cached by address, shape, strides and box, so a repeated launch costs no driver call.
-    Ask `can_describe(tensor)` first.
+    Ask `can_describe(tensor)` first. An op that makes one for a Triton kernel is `visibility: opaque`.
     """
-    return Descriptor(tensor, block_shape)
+    return Descriptor(tensor, block_shape, layout)
 
 
 def can_describe(tensor: torch.Tensor) -> bool:
@@ -201,7 +215,7 @@ def launch(
             key.append(1 if a == 1 else (a % 16 == 0, -_MAX_INT32 <= a <= _MAX_INT32))
         elif type(a) is Descriptor:
             values.append(a)
-            key.append((a.base.dtype, a.block_shape))
+            key.append((a.base.dtype, a.block_shape, a.layout))
             device = a.base.get_device()
             described = True
         else:
@@ -218,7 +232,8 @@ def launch(
         entry = _started[id(kernel)] = (kernel, {})
     start = entry[1].get(tuple(key))
     if start is None or _HOOKS[0].calls or _HOOKS[1].calls:  # a profiler listens: Triton's own way tells it
-        compiled = kernel[grid](*_for_triton(args), **constexprs, num_warps=num_warps, num_stages=num_stages)
+        constexprs, options = _options(kernel, constexprs, num_warps, num_stages, _properties(device)[0])
+        compiled = kernel[grid](*_for_triton(args), **constexprs, **options)
         if _DIRECT and start is None and compiled is not None:
             entry[1][tuple(key)] = _direct_start(kernel, compiled, constexprs)
         return None
@@ -240,15 +255,30 @@ def _launch_otherwise(
     constexprs: dict[str, Any],
 ) -> None:
     """Inlining, recording and the interpreter."""
+    target = 0 if _state.recording is None else _state.recording.target
+    constexprs, options = _options(kernel, constexprs, num_warps, num_stages, target)
     if _state.inlining:
+        if kernel.is_gluon():
+            raise NotInlinable(kernel.__name__)
         from torch.library import wrap_triton
 
-        wrap_triton(kernel)[tuple(grid)](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        wrap_triton(kernel)[tuple(grid)](*args, **constexprs, **options)
     elif _state.recording is not None:
-        options = {"num_warps": num_warps, "num_stages": num_stages}
         _state.recording.launches.append(Launch(kernel, tuple(grid), args, constexprs, options))
     elif 0 not in grid:
         kernel[grid](*_for_triton(args), **constexprs)
+
+
+def _options(
+    kernel: JITFunction, constexprs: dict[str, Any], num_warps: int, num_stages: int, target: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constexprs and compiler options of a launch on `target` (0: inlined or interpreted, where no launch is programmatic)."""
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+    if "PDL" in kernel.arg_names:
+        constexprs = {**constexprs, "PDL": target >= 90}
+        if target >= 90:
+            options["launch_pdl"] = True
+    return constexprs, options
 
 
 def _for_triton(args: tuple[Any, ...]) -> list[Any]:

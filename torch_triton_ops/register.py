@@ -333,8 +333,11 @@ def _inlining_rule(launcher: Callable[..., Any]) -> Callable[..., Any]:
             return NotImplemented
         from torch_triton_ops import launch
 
-        with mode, launch.inlining():
-            return launcher(*args, **kwargs)
+        try:
+            with mode, launch.inlining():
+                return launcher(*args, **kwargs)
+        except launch.NotInlinable:  # what the launcher traced before its Gluon kernel is dead code
+            return mode.__torch_dispatch__(op, types, args, kwargs)
 
     return rule
 
