@@ -1,0 +1,368 @@
+# ---
+# lesson:
+#   number: 1
+#   slug: gpu_fundamentals
+#   title: "GPU fundamentals: programs, blocks, masks"
+#   level: beginner
+#   minutes: 40
+#   prerequisites: []
+#   ops: [vector_add]
+#   concepts: [GPU architecture, memory hierarchy, program id, block, grid, mask, bandwidth, registers]
+#   exercises: [ex1, ex2, ex3]
+# ---
+
+# %% [markdown]
+# # Lesson 1. GPU fundamentals: programs, blocks, masks
+#
+# At the end of this lesson you have written a vector addition that is as fast as PyTorch's, know why nothing can be
+# much faster, and have registered it as an operator that `torch.compile` accepts. No CUDA and no GPU is needed to
+# follow.
+#
+# **What a GPU is.** A GPU is some hundred small processors, the *streaming multiprocessors* (SMs; an H200 has 132),
+# beside one large memory. Each SM keeps up to 2048 threads at hand and changes between them at every clock, so that
+# while some wait for memory, others compute. That is the whole trick: a GPU does not make memory quick, it makes
+# waiting cheap.
+#
+# **Where data lives**, nearest first:
+#
+# | level | whose | size on an H200 | what to remember |
+# |---|---|---|---|
+# | registers | one thread | 65536 of 4 bytes for each SM | where all arithmetic happens; too many a thread, and they *spill* to memory |
+# | shared memory, L1 | one SM | 228 KiB | lesson 5; Triton uses it by itself |
+# | L2 cache | all SMs | 50 MiB | what was touched lately may still be there |
+# | global memory (HBM) | all | 141 GB | every tensor; 4.8 TB/s on paper |
+#
+# **What Triton adds.** In CUDA you write what one *thread* does with one element. In Triton you write what one
+# *program* does with a
+# *block* of elements; the compiler shares them out among threads. You launch a *grid* of programs, and each asks
+# `tl.program_id(0)` which one it is.
+
+# %%
+import torch
+import triton
+import triton.language as tl
+
+from triton_tutorial.lesson import Lesson
+
+lesson = Lesson(1)
+
+# %%
+lesson.predict(
+    """
+    An H200 adds two float32 vectors of 2^27 elements (134 million). It can do about 60 000 billion fp32 operations a second
+    and move about 4.2 TB a second. How long must the addition take, and which of the two decides?
+    """
+)
+
+# %% [markdown]
+# ## The reference, and what it must move
+#
+# `x + y` reads 4 bytes of `x` and 4 bytes of `y` and writes 4 bytes, for one addition: 12 bytes an operation. Work of
+# so few operations a byte is *memory-bound*: the only figure that counts is bytes a second, and the best one can hope
+# for is what a plain copy of a large tensor reaches. That copy is measured on the GPU before anything else, and every
+# rung below is given as a fraction of it.
+
+
+# %%
+def reference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x + y
+
+
+add = lesson.problem(
+    "vector_add",
+    reference=reference,
+    make=lambda n: (lesson.randn(n), lesson.randn(n)),
+    check=[(1000,), (1,), (4096,), (4097,)],
+    timed=[(2**k,) for k in lesson.size((16, 20), (12, 16, 18, 20, 22, 24, 27))],
+    bytes=lambda x, y: 3 * x.numel() * x.element_size(),
+    flops=lambda x, y: x.numel(),
+)
+add.baseline("torch")
+
+# %% [markdown]
+# ## Which program touches which address
+#
+# Say there are 100 elements and each program takes a block of 32. Program 0 takes elements 0 to 31, program 1 elements
+# 32 to 63, and so on; element `i` of program `pid`'s block is element `pid * 32 + i` of the tensor. These numbers are
+# the *offsets*, and `x_ptr + offsets` is a block of 32 *addresses*: pointer arithmetic on whole blocks is most of what
+# a Triton kernel is.
+#
+# The number of programs is `ceil(100 / 32) = 4`, and the last one has 28 lanes (elements of its block) that would lie
+# behind the end of the tensor. They are switched off by a *mask*.
+
+
+# %%
+@triton.jit
+def toy_kernel(x_ptr, y_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+    pid = tl.program_id(0)
+    offs_n = pid * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    mask_n = offs_n < N
+    x = tl.load(x_ptr + offs_n, mask=mask_n)
+    y = tl.load(y_ptr + offs_n, mask=mask_n)
+    tl.store(out_ptr + offs_n, x + y, mask=mask_n)
+
+
+def toy_add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    toy_kernel[(triton.cdiv(x.numel(), 32),)](x, y, out, x.numel(), BLOCK_N=32)
+    return out
+
+
+add.picture(toy_add, 100, title="Vector addition: 100 elements, 4 programs of 32")
+
+# %% [markdown]
+# ## Rung 1: one program
+#
+# The simplest kernel that is right: a single program that walks through the tensor, block by block. `BLOCK_N` is a
+# `tl.constexpr`: a constant of the compiled kernel, since the shape of a block must be known when it is compiled, and a
+# power of two.
+
+
+# %%
+@triton.jit
+def add_kernel_v1(x_ptr, y_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+        mask_n = offs_n < N
+        x = tl.load(x_ptr + offs_n, mask=mask_n)
+        y = tl.load(y_ptr + offs_n, mask=mask_n)
+        tl.store(out_ptr + offs_n, x + y, mask=mask_n)
+
+
+def add_v1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    add_kernel_v1[(1,)](x, y, out, x.numel(), BLOCK_N=256)
+    return out
+
+
+add.rung("one program", add_v1, add_kernel_v1)
+
+# %% [markdown]
+# It is right, and uses one SM of 132: the other 131 look on.
+#
+# ## Rung 2: a grid of programs
+#
+# Instead of a loop, one program for each block. The hardware starts them on whichever SM has room, in no order that you
+# may rely on. The kernel has become shorter: the loop moved into the grid.
+
+
+# %%
+@triton.jit
+def add_kernel_v2(x_ptr, y_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+    start = tl.program_id(0) * BLOCK_N
+    offs_n = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    mask_n = offs_n < N
+    x = tl.load(x_ptr + offs_n, mask=mask_n)
+    y = tl.load(y_ptr + offs_n, mask=mask_n)
+    tl.store(out_ptr + offs_n, x + y, mask=mask_n)
+
+
+def add_v2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    N = x.numel()
+    add_kernel_v2[(triton.cdiv(N, 256),)](x, y, out, N, BLOCK_N=256)
+    return out
+
+
+add.rung("a grid, blocks of 256", add_v2, add_kernel_v2, note="one program a block")
+
+# %% [markdown]
+# ## Rung 3: larger blocks, more bytes in flight
+#
+# A program has to be started, finds out who it is and computes its addresses before the first byte is asked for. With
+# 256 elements on 4 warps (a *warp* is 32 threads that go in step) each thread asks for two elements of 4 bytes. Larger
+# blocks give each thread more loads to have under way at a time, and fewer programs to start. The trade-off: a larger
+# block needs more registers, and for a small tensor it leaves SMs without a program.
+
+
+# %%
+@triton.jit
+def add_kernel_v3(x_ptr, y_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+    start = tl.program_id(0) * BLOCK_N
+    offs_n = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    mask_n = offs_n < N
+    x = tl.load(x_ptr + offs_n, mask=mask_n)
+    y = tl.load(y_ptr + offs_n, mask=mask_n)
+    tl.store(out_ptr + offs_n, x + y, mask=mask_n)
+
+
+def add_v3(x: torch.Tensor, y: torch.Tensor, BLOCK_N: int = 2048, num_warps: int = 8) -> torch.Tensor:
+    out = torch.empty_like(x)
+    N = x.numel()
+    add_kernel_v3[(triton.cdiv(N, BLOCK_N),)](x, y, out, N, BLOCK_N=BLOCK_N, num_warps=num_warps)
+    return out
+
+
+add.rung("blocks of 2048", add_v3, add_kernel_v3, note="more bytes in flight for each thread")
+
+# %% [markdown]
+# ## Rung 4: fit to ship
+#
+# Two lines for the cases that a benchmark does not show. Offsets in 64 bits: `pid * BLOCK_N` of 32 bits turns negative
+# behind 2^31 elements, without a word. And arithmetic in fp32 whatever the dtype, converted back at the store, so that
+# half precision is rounded once.
+
+
+# %%
+@triton.jit
+def add_kernel_v4(x_ptr, y_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK_N
+    offs_n = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    mask_n = offs_n < N
+    x = tl.load(x_ptr + offs_n, mask=mask_n).to(tl.float32)
+    y = tl.load(y_ptr + offs_n, mask=mask_n).to(tl.float32)
+    tl.store(out_ptr + offs_n, (x + y).to(out_ptr.dtype.element_ty), mask=mask_n)
+
+
+def add_v4(x: torch.Tensor, y: torch.Tensor, BLOCK_N: int = 2048, num_warps: int = 8) -> torch.Tensor:
+    out = torch.empty_like(x)
+    N = x.numel()
+    add_kernel_v4[(triton.cdiv(N, BLOCK_N),)](x, y, out, N, BLOCK_N=BLOCK_N, num_warps=num_warps)
+    return out
+
+
+add.rung("fit to ship", add_v4, add_kernel_v4, note="64-bit offsets, fp32 arithmetic")
+add.ladder("Vector addition")
+
+# %%
+ours, torchs = lesson.figure("vector_add", "fit to ship", "us"), lesson.figure("vector_add", "torch", "us")
+lesson.answer(
+    f"""
+    3 x 4 bytes x 2^27 = 1.61 GB; at the {lesson.limit():.2f} TB/s of a plain copy that is {1610.6 / lesson.limit():.0f} us.
+    The arithmetic would take 2 us: memory decides, by far. Measured: ours {ours:.0f} us, torch {torchs:.0f} us.
+    """
+)
+
+# %% [markdown]
+# ## Is it faster than torch?
+#
+# Older tutorials promise 1.16x. The table is by size: small tensors live on the cost of starting a kernel, large ones
+# on bandwidth, and on bandwidth two good kernels are equal.
+
+# %%
+for k in (12, 16, 20, 27):
+    label = f"2^{k}" if k > 14 else str(2**k)
+    ratio = lesson.figure("vector_add", "torch", "us", label) / lesson.figure("vector_add", "fit to ship", "us", label)
+    lesson.say(f"* {label} elements: torch's time over ours is {ratio:.2f}.")
+
+# %% [markdown]
+# ## A bug on purpose
+#
+# Forget the mask, and nothing seems to happen: on a GPU the last program reads whatever lies behind `x` and writes
+# behind `out`, into somebody else's tensor. With 4096 elements every test passes; with 100 the memory behind `out` is
+# overwritten and the result is still right! A comparison of values does not find this one. The interpreter of these
+# lessons puts every tensor between guard bands and compares each address.
+
+
+# %%
+@triton.jit
+def add_kernel_v5(x_ptr, y_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK_N
+    offs_n = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    x = tl.load(x_ptr + offs_n).to(tl.float32)
+    y = tl.load(y_ptr + offs_n).to(tl.float32)
+    tl.store(out_ptr + offs_n, (x + y).to(out_ptr.dtype.element_ty))
+
+
+def add_v5(x: torch.Tensor, y: torch.Tensor, BLOCK_N: int = 2048, num_warps: int = 8) -> torch.Tensor:
+    out = torch.empty_like(x)
+    N = x.numel()
+    add_kernel_v5[(triton.cdiv(N, BLOCK_N),)](x, y, out, N, BLOCK_N=BLOCK_N, num_warps=num_warps)
+    return out
+
+
+add.bug("no mask", add_v5, add_kernel_v5, 5000)
+
+# %% [markdown]
+# ## Registering the operator
+#
+# A function that launches a kernel is opaque to the rest of PyTorch: `torch.compile` cannot look into it, autograd has
+# no gradient for it. An *operator* says what is missing, in four parts:
+#
+# * the **schema**, its signature: `vector_add(Tensor x, Tensor y) -> Tensor`;
+# * the **kernel**, what runs on real tensors;
+# * the **fake**, which gives shape, dtype and device of the result without computing it: compilers call this one;
+# * the **gradient**. Of x + y it is the incoming gradient, twice: no kernel is needed.
+#
+# `torch.library.opcheck` tests that the four agree. The shipped op declares the same in one entry of
+# `op_registry.yaml`, and its kernel is the one of rung 4: the last check compares the two, bit for bit.
+
+
+# %%
+def fake(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def backward(ctx, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return dout, dout
+
+
+def launcher(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return add_v4(x.contiguous(), y.contiguous())
+
+
+op = add.register(
+    "vector_add(Tensor x, Tensor y) -> Tensor", launcher, fake=fake, backward=backward, shipped="vector_add"
+)
+
+# %% [markdown]
+# ## Autotuning: which block, how many warps?
+#
+# `BLOCK_N` and `num_warps` change no result, only the time. Which are best is found by trying them; Triton's
+# `@triton.autotune` does so at the first call for each new size. In a library that means seconds of waiting inside
+# somebody's training run, so here the trying is done once, on record, and the launcher names its choice.
+
+# %%
+configs = [{"BLOCK_N": b, "num_warps": w} for b in (256, 1024, 2048, 4096) for w in (2, 4, 8) if b // w >= 64]
+add.autotune(add_v4, configs)
+
+# %% [markdown]
+# ## Into a model
+#
+# A residual connection with our op in it. `fullgraph=True` makes anything that the compiler cannot see an error. The
+# graph shows the op as one node. Then look at the times: torch.compile *fuses* the whole model into one kernel when it
+# sees plain torch, and cannot fuse across our opaque node. A registered op is worth it when its kernel does what the
+# compiler cannot do by itself; an addition does not, and a fair lesson says so. (The shipped op is `visibility:
+# triton`: its kernel is inlined.)
+
+
+# %%
+def model_with(add_op):
+    def model(x, y):
+        return torch.relu(add_op(x, y)) * 0.5
+
+    return model
+
+
+lesson.compiled(
+    "model",
+    make=lambda n: (lesson.randn(n), lesson.randn(n)),
+    ours=model_with(op),
+    eager=model_with(torch.add),
+    others={"torch.ops.tt, compiled": model_with(torch.ops.tt.vector_add)},
+    node="tt_lesson.vector_add",
+    check=(1000,),
+    timed=(lesson.size(2**20, 2**26),),
+    bytes=lambda x, y: 12 * x.numel(),
+    title="relu(x + y) / 2",
+)
+
+# %% [markdown]
+# ## Exercises
+#
+# * `ex1`: add a mask to a kernel that has none.
+# * `ex2`: a*x + y with a scalar `a`, on a grid that you compute.
+# * `ex3`: one program for each `ROWS` blocks: a loop inside the program and a grid outside.
+#
+# ## Pitfalls
+#
+# * The mask belongs on the loads *and* on the store. Values do not show a missing one.
+# * `tl.arange(0, BLOCK)` takes powers of two only; the tensor's size goes into the mask.
+# * Offsets are counted in elements, not in bytes, and are 32-bit integers unless you convert them.
+# * Programs run in any order, at once: none may rely on what another wrote.
+# * Timing needs warm-up, a synchronised clock and inputs that are not still in the L2 cache from the last call.
+#
+# Next: lesson 2, in which the same bytes take several times as long.
+
+# %%
+lesson.finish()
