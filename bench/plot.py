@@ -54,6 +54,12 @@ def draw(result: Record, stem: str | Path) -> list[Path]:
     return written
 
 
+def draw_roofline(result: Record, path: str | Path) -> None:
+    """Write the roofline of a record alone to `path`. Needs matplotlib."""
+    figure = _roofline(result["header"], result["rows"])
+    figure.savefig(path, dpi=130, facecolor="white")
+
+
 def _subtitle(header: dict[str, Any]) -> str:
     return (
         f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, {header['date'][:10]};  limit: copy"

@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import yaml
 
 PACKAGE = Path(__file__).resolve().parent
-LESSONS = Path(os.environ.get("TRITON_TUTORIAL_LESSONS") or PACKAGE / "lessons").resolve()
+LESSONS_VARIABLE = "TRITON_TUTORIAL_LESSONS"  # a folder of lessons to use instead of the shipped ones
 LEVELS = ("beginner", "intermediate", "advanced")
 
 # PyYAML's binding of libyaml where it was built with it: a tenth of the time.
@@ -91,8 +91,14 @@ class Lesson:
         return self.root / "exercises" / self.name
 
 
-def lessons(root: Path = LESSONS) -> list[Lesson]:
+def lessons_folder() -> Path:
+    """The folder of lessons: the shipped one, or $TRITON_TUTORIAL_LESSONS."""
+    return Path(os.environ.get(LESSONS_VARIABLE) or PACKAGE / "lessons").resolve()
+
+
+def lessons(root: Path | None = None) -> list[Lesson]:
     """Every lesson below `root`, by number. Raises CatalogError for the first wrong header."""
+    root = root or lessons_folder()
     found: dict[int, Lesson] = {}
     for level in LEVELS:
         for file in sorted((root / level).glob("lesson_*.py")):
@@ -190,12 +196,12 @@ class _Header:
             self.fail(self.lines["exercises"], f"exercises must be {expected}: numbered from ex1 without a gap")
 
 
-def find(words: Sequence[str], root: Path = LESSONS) -> Lesson:
+def find(words: Sequence[str], root: Path | None = None) -> Lesson:
     """The lesson that a user means: `1`, `beginner 1`, `gpu-fundamentals`, `lesson_01`. Raises TutorialError with near misses."""
     known = lessons(root)
     asked = " ".join(words)
     if not known:
-        raise TutorialError(f"there are no lessons in {root}; reinstall torch-triton-ops")
+        raise TutorialError(f"there are no lessons in {root or lessons_folder()}; reinstall torch-triton-ops")
     rest = [part.lower() for word in words for part in re.split(r"[\s/]+", word) if part]
     level = None
     if rest and rest[0] in LEVELS:

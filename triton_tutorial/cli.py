@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -96,19 +97,26 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(version("torch-triton-ops"))
+        except PackageNotFoundError:
+            print("a checkout that is not installed")
+        raise typer.Exit
+
+
 @app.callback()
 def _global(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="Print without colour (or set NO_COLOR).")] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import PackageNotFoundError
-        from importlib.metadata import version as installed
-
-        with contextlib.suppress(PackageNotFoundError):
-            print(installed("torch-triton-ops"))
-        raise typer.Exit
+    """Options that stand before the verb; `main` has read the last two already."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -311,6 +319,8 @@ def run_lesson(lesson: Lesson, options: Sequence[str]) -> int:
             break
         except KeyboardInterrupt:
             continue  # the terminal sent it to the lesson too: wait for its end
+    if status in (-signal.SIGINT, 130):
+        raise KeyboardInterrupt
     if status < 0:
         raise TutorialError(f"lesson {lesson.number} died of signal {-status}; try: {NAME} doctor")
     return status
@@ -575,3 +585,343 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The machine
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(json_: JsonFlag = False) -> int:
+    """Show GPU, driver, torch, triton and mode; what is missing, and the command that mends it."""
+    from triton_tutorial import machine
+
+    items = machine.info()
+    if json_:
+        print_json(machine.as_json(items))
+        return 0
+    _show_items(items)
+    return 0
+
+
+@app.command()
+def doctor(json_: JsonFlag = False) -> int:
+    """Like info, and then try it: import, compile, interpret, trace, launch. Exit status 1 if something is wrong."""
+    from triton_tutorial import machine
+
+    items = machine.info()
+    if not json_:
+        _show_items(items)
+        say("\ntrying it ...", "dim")
+    tried = []
+    for item in machine.deep_checks(exercises.child_environment()):
+        tried.append(item)
+        if not json_:
+            _show_items([item])
+    if json_:
+        print_json(machine.as_json([*items, *tried]))
+    wrong = [item for item in (*items, *tried) if item.ok is False]
+    if not json_:
+        say(f"{len(wrong)} to mend" if wrong else "all is well", "bold red" if wrong else "green")
+    return 1 if wrong else 0
+
+
+def _show_items(items: Sequence[Any]) -> None:
+    marks = {True: ("ok", "green"), False: ("!!", "bold red"), None: ("--", "dim")}
+    for item in items:
+        mark, style = marks[item.ok]
+        say(f"{mark}  {item.name:<20} {item.value}", style if item.ok is False else None)
+        if item.fix:
+            say(f"    {'':<20} mend it: {item.fix}", "bold")
+
+
+@app.command()
+def install(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it.")] = False,
+) -> int:
+    """Print what would be installed for the lessons; with --yes, install it."""
+    from triton_tutorial import machine
+
+    missing = machine.missing_packages()
+    if not missing:
+        say("nothing to install: everything the lessons need is there", "green")
+        return 0
+    command = [sys.executable, "-m", "pip", "install", *missing]
+    say(" ".join(f"'{part}'" if ">" in part else part for part in command), "bold")
+    if not yes:
+        say(f"to do it: {NAME} install --yes", "dim")
+        return 0
+    status = subprocess.run(command).returncode
+    if status:
+        raise TutorialError(f"pip ended with status {status}; its message above says why")
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Ops
+# --------------------------------------------------------------------------------------------------------------------
+
+OpName = Annotated[str, typer.Argument(metavar="OP", help="tt::softmax or softmax.")]
+
+
+@app.command()
+def explain(
+    op: OpName,
+    target: TargetOption = "sm80,sm90,sm100",
+    case: Annotated[str | None, typer.Option(help="A benchmark case of the op; default: its first.")] = None,
+    backward: Annotated[bool, typer.Option("--backward", help="The gradient's kernels too.")] = False,
+    stage: Annotated[
+        str | None, typer.Option(help="Print this stage whole instead: ttir, ttgir, ptx or sass, of the first target.")
+    ] = None,
+    lines: Annotated[int, typer.Option(min=1, help="Lines of each excerpt.")] = 10,
+    json_: JsonFlag = False,
+) -> int:
+    """Look into an op without a GPU: schema, graph, TTIR, PTX, SASS, registers, spills, shared memory, occupancy."""
+    os.environ.pop("TRITON_INTERPRET", None)  # it replaces the compiler
+    _need_torch()
+    from triton_tutorial import explain as explaining
+
+    if stage is not None and stage not in explaining.STAGES:
+        raise TutorialError(f"there is no stage '{stage}'; there are: {', '.join(explaining.STAGES)}")
+    targets = explaining.parse_targets(target)
+    found = explaining.explain(op, targets[:1] if stage else targets, case, backward)
+    if json_:
+        print_json(found.as_json())
+    elif stage:
+        for kernel in found.kernels:
+            print(f"// {kernel.kernel}, sm_{kernel.target}, case {found.case} {found.dtype}")
+            print(kernel.code[stage])
+    else:
+        _show_explanation(found, targets, lines)
+    return 0
+
+
+def _need_torch() -> None:
+    from triton_tutorial import machine
+
+    for name in ("torch", "triton"):
+        if machine.installed(name) is None:
+            raise TutorialError(f"{name} is not installed; install it with: {NAME} install --yes")
+
+
+def _show_explanation(found: Any, targets: Sequence[int], lines: int) -> None:
+    from rich.table import Table
+
+    from triton_tutorial import explain as explaining
+
+    out = console()
+    seen = {"triton": "inlined kernels", "opaque": "one opaque node"}[found.visibility]
+    say(f"tt::{found.schema}" if "::" not in found.schema else found.schema, "bold")
+    say(found.summary)
+    facts = {
+        "dtypes": ", ".join(found.dtypes),
+        "gradients for": ", ".join(found.differentiable) or "none: forward only",
+        "in compiled graphs": seen,
+        "autocast": found.autocast or "",
+        "sharding": found.sharding or "",
+        "lesson": str(found.lesson or ""),
+        "source": found.source or "",
+        "file": found.file,
+    }
+    for name, value in facts.items():
+        if value:
+            say(f"  {name:<20}{value}")
+    for schema in found.internal.values():
+        say(f"  {'internal op':<20}{schema}", "dim")
+    what = "forward and backward" if found.backward else "forward"
+    work = f"{found.bytes / 1e6:.1f} MB to move, {found.flops / 1e9:.3g} GFLOP"
+    say(f"\ncase {found.case}, {found.dtype}, {what}: {work}", "bold")
+    if found.bytes:
+        say(f"  {found.flops / found.bytes:.3g} flops for each byte")
+    say(f"\nthe graph that torch.compile gives to Inductor, sm_{targets[0]}", "bold")
+    for line in found.graph.splitlines():
+        say(f"  {line}")
+    names = list(dict.fromkeys(kernel.kernel for kernel in found.kernels))
+    for name in names:
+        say(f"\n{name}", "bold")
+        own = [kernel for kernel in found.kernels if kernel.kernel == name]
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for heading in ("target", "grid", "warps", "registers", "spills", "shared", "occupancy", "bound by"):
+            table.add_column(heading, justify="left" if heading in ("target", "bound by", "grid") else "right")
+        for kernel in own:
+            grid = " x ".join(map(str, kernel.grid))
+            row = [f"sm_{kernel.target} {explaining.GPUS[kernel.target]}", grid, kernel.num_warps, kernel.registers]
+            row += [f"{kernel.spilled} B", f"{kernel.shared} B", f"{kernel.occupancy:.0%}", kernel.limiter]
+            table.add_row(*map(str, row), style="red" if kernel.spilled or kernel.advisories else "")
+        out.print(table)
+        for kernel in own:
+            constants = ", ".join(f"{key}={value}" for key, value in kernel.constexprs.items())
+            counts = ", ".join(f"{key} {number}" for key, number in kernel.instructions.items())
+            say(f"  sm_{kernel.target}: {counts or 'none of the telling instructions'}", "dim")
+            say(f"  {'':<{len(str(kernel.target)) + 3}}  {constants}, num_stages={kernel.num_stages}", "dim")
+            for advisory in kernel.advisories:
+                say(f"  sm_{kernel.target}: ptxas {advisory}: it serialises the wgmma instructions", "red")
+        first = own[0]
+        for stage in ("ttir", "ptx", "sass"):
+            say(
+                f"  {stage.upper()}, sm_{first.target}, {len(first.code[stage].splitlines())} lines; the telling ones:",
+                "bold",
+            )
+            for line in explaining.excerpt(stage, first.code[stage], lines):
+                say(f"    {line if len(line) <= 160 else line[:157] + '...'}")
+    say("\noccupancy is a bound from the SM's limits, not a measurement; registers are a thread's", "dim")
+    say(f"a stage whole: {NAME} explain {found.op} --stage ptx --target sm{targets[0]}", "dim")
+
+
+@app.command()
+def viz(
+    op: OpName,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="PNG", help="Default: <op>_addresses.png here.")
+    ] = None,
+) -> int:
+    """Draw which addresses each program of an op's kernels touches, from Triton's interpreter."""
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter runs in a child of its own
+    _need_torch()
+    from triton_tutorial import explain as explaining
+    from triton_tutorial import pictures
+
+    spec = explaining.find_op(op)
+    path = out if out is not None else Path(f"{spec.name}_addresses.png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = pictures.draw_op(spec.name, path)
+    except ImportError as error:
+        raise TutorialError(f"pictures need {error.name}; install it with: {NAME} install --yes") from None
+    except OSError as error:
+        raise TutorialError(f"{path} cannot be written: {error.strerror or error}") from None
+    say(words.rstrip())
+    say(f"\nwritten: {path}", "green")
+    return 0
+
+
+@app.command()
+def roofline(
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A record of bench.run; default: this GPU's.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this GPU first (some minutes).")] = False,
+    op: Annotated[str | None, typer.Option(help="With --measure: only these ops, comma-separated.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="PNG", help="Default: roofline.png here.")] = None,
+    json_: JsonFlag = False,
+) -> int:
+    """Draw a GPU's measured ceilings and every op as a point."""
+    from triton_tutorial import roofline as roof
+
+    if op is not None and not measure:
+        raise TutorialError("--op goes with --measure; leave it out to draw a record whole")
+    gpu = _gpu_name()
+    if measure:
+        if record is not None:
+            raise TutorialError("--measure writes its own record; leave out --record")
+        if gpu is None:
+            raise TutorialError(f"--measure needs a CUDA GPU; without it a recorded roofline is drawn: {NAME} roofline")
+        source = roof.measure(gpu, op)
+    else:
+        source = record if record is not None else roof.find_record(gpu)
+    data = roof.load(source)
+    points = roof.points(data)
+    if not points:
+        raise TutorialError(f"{source} has no valid figure of ours to draw; measure with: {NAME} roofline --measure")
+    path = out if out is not None else Path("roofline.png")
+    roof.draw(data, path)
+    if json_:
+        print_json({**roof.as_json(data, source), "written": str(path)})
+        return 0
+    header = data["header"]
+    here = "measured here" if gpu == header["gpu"] else "recorded, not this machine"
+    say(f"{header['gpu']} ({here}, {header['date'][:10]})", "bold")
+    say(f"ceilings: copy {header['copy_tbps']:.2f} TB/s, bf16 matmul {header['matmul_tflops']:.0f} TFLOP/s")
+    if any(point.intensity == 0 for point in points):
+        say("an op that only moves data has no flops: it is listed, and not on the chart", "dim")
+    for point in points:
+        rate = f"{point.tbps:.2f} TB/s" if point.bound == "memory" else f"{point.tflops:.0f} TFLOP/s"
+        where = f"{point.op} {point.case} {point.dtype} {point.pass_name}"
+        say(
+            f"  {where:<52} {point.intensity:>9.3g} flop/B  {rate:>12}  {point.fraction:>5.0%} of the {point.bound} ceiling"
+        )
+    say(f"written: {path}", "green")
+    return 0
+
+
+def _gpu_name() -> str | None:
+    """The first GPU by its driver's name, without torch."""
+    from triton_tutorial import machine
+
+    try:
+        found = machine.driver()
+    except machine.DriverError:
+        return None
+    return found.gpus[0].name if found is not None and found.gpus else None
+
+
+@app.command()
+def benchmark(
+    lesson: Annotated[str | None, typer.Option(help="The lesson to measure: a number or a name.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every lesson.")] = False,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the record.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A record to compare with, or a folder of lesson_NN.json.")
+    ] = None,
+    fail_if_slower: Annotated[
+        str | None, typer.Option(metavar="PERCENT", help="Exit with 1 if a figure takes more time than this: 5%.")
+    ] = None,
+) -> int:
+    """Measure lessons on this GPU, record it, and compare with a baseline."""
+    import tempfile
+
+    from triton_tutorial import benchmark as measuring
+
+    if (lesson is None) == (not all_):
+        raise TutorialError(f"say which lesson: {NAME} benchmark --lesson 1, or {NAME} benchmark --all")
+    tolerance = measuring.percent(fail_if_slower) if fail_if_slower is not None else None
+    if tolerance is not None and baseline is None:
+        raise TutorialError("--fail-if-slower compares with a record; add --baseline FILE")
+    before = measuring.load(baseline) if baseline is not None else None
+    todo = catalog.lessons() if all_ else [catalog.find([str(lesson)])]
+    if _gpu_name() is None:
+        raise TutorialError(f"benchmark needs a CUDA GPU; recorded figures are shown by: {NAME} run {todo[0].number}")
+    record: dict[str, Any] = {"version": measuring.VERSION, "lessons": {}}
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        for one in todo:
+            written = Path(folder) / f"{one.name}.json"
+            say(f"lesson {one.number}, {one.title}", "bold")
+            status = run_lesson(one, ["--device", "cuda", "--bench", "--json", str(written)])
+            if status:
+                failed.append(one.number)
+                warn(f"lesson {one.number} ended with status {status}; see: {NAME} run {one.number}")
+        record |= measuring.load(Path(folder)) if any(Path(folder).iterdir()) else {}
+    if json_ is not None:
+        measuring.save(record, json_)
+        say(f"written: {json_}", "green")
+    if failed:
+        raise TutorialError(f"lesson {', '.join(map(str, failed))} failed, so the record is not whole; mend it first")
+    return 0 if before is None else _compare(before, record, tolerance)
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any], tolerance: float | None) -> int:
+    from triton_tutorial import benchmark as measuring
+
+    changes, gone = measuring.compare(before, now)
+    slow = [change for change in changes if tolerance is not None and change.slower > tolerance]
+    for change in changes:
+        lesson, table, name, case = change.key
+        text = f"lesson {lesson} {table} {name} {case}".strip()
+        say(
+            f"{text:<60} {change.before:>10.2f} us {change.after:>10.2f} us {change.slower:>+7.1%}",
+            "red" if change in slow else None,
+        )
+    for lesson, table, name, case in gone:
+        warn(f"lesson {lesson} {table} {name} {case} is in the baseline and was not measured now")
+    if slow:
+        raise TutorialError(
+            f"{len(slow)} of {len(changes)} figures are more than {tolerance:.0%} slower than the baseline"
+        )
+    say(
+        f"{len(changes)} figures compared; none is slower than allowed"
+        if tolerance is not None
+        else f"{len(changes)} compared"
+    )
+    return 0
