@@ -99,7 +99,7 @@ class Lesson:
         self.problems: list[Problem] = []
         self.failures: list[str] = []
         self.record = _read_record(self.info)
-        self.header: Row = {"lesson": self.info.number} | _versions() | {"seed": self.options.seed}
+        self.header: Row = {"lesson": self.info.number} | _versions(self.gpu) | {"seed": self.options.seed}
         self._cells = _prose(self.info.file)
         self._printed = 0
         self._out = _Output(self.notebook)
@@ -371,7 +371,7 @@ class Lesson:
             return torch._dynamo.lookup_backend("inductor" if self.gpu else "aot_eager")(module, inputs, **options)
 
         torch._dynamo.reset()
-        compiled_ours = torch.compile(ours, fullgraph=True, backend=backend)
+        compiled_ours = torch.compile(ours, fullgraph=True, dynamic=False, backend=backend)
         inputs = make(*check)
         with torch.no_grad():
             got, want = compiled_ours(*inputs), eager(*inputs)
@@ -385,7 +385,7 @@ class Lesson:
         if not self.quiet:
             self._out.code(_readable(graphs[0]), "python", f"the graph: one piece, with {node} in it")
         if self.timing and timed is not None:
-            plain = torch.compile(eager, fullgraph=True)
+            plain = torch.compile(eager, fullgraph=True, dynamic=False)
             runs = {
                 "torch, eager": eager,
                 "torch, compiled": plain,
@@ -393,7 +393,7 @@ class Lesson:
                 "ours, compiled": compiled_ours,
             }
             for name, function in (others or {}).items():
-                runs[name] = torch.compile(function, fullgraph=True) if "compiled" in name else function
+                runs[name] = torch.compile(function, fullgraph=True, dynamic=False) if "compiled" in name else function
             case = _label(timed)
             sample = make(*timed)
             nbytes, work = (bytes(*sample) if bytes else 0), (flops(*sample) if flops else 0)
@@ -914,14 +914,14 @@ def _device(wanted: str) -> torch.device:
     return torch.device("cuda")
 
 
-def _versions() -> Row:
+def _versions(gpu: bool) -> Row:
     header: Row = {
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    if torch.cuda.is_available():
+    if gpu:
         from triton_tutorial.bench import timing
 
         driver = timing.nvidia_smi("driver_version").get("driver_version", "")
