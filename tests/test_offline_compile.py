@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import torch_triton_ops
+from bench import gemm_suite
 from torch_triton_ops import launch as tt_launch
 from torch_triton_ops import offline
 
@@ -56,6 +57,19 @@ def test_compiles_clean(spec, target):
         if found:
             faults[f"{launch.kernel.__name__} {launch.constexprs} {launch.options}"] = found
     assert not faults, "\n".join(f"{k}: {v}" for k, v in faults.items())
+
+
+def test_layers_of_language_models_compile_clean():
+    """The configs that `linear` chooses for bench.gemm_suite's few-token shapes, on the target they were tuned on."""
+
+    def run():
+        for case in gemm_suite.cases():
+            args, _ = case.make("meta", case.dtype)
+            if args[0].shape[0] <= 256:
+                torch.ops.tt.linear(*args)
+
+    for launch in offline.record(run, 90):
+        assert not offline.compile_launch(launch, 90).faults(), (launch.constexprs, launch.options)
 
 
 def test_the_gate_sees_a_spill(spilling_launch):

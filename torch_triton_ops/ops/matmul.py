@@ -1,12 +1,13 @@
-"""Matrix multiplication: `matmul`, and `linear` with bias and activation fused into the epilogue.
+"""Matrix multiplication: `matmul`, `bmm`, and `linear` with bias and activation fused into the epilogue.
 
 matmul: out[..., m, n] = sum_k a[..., m, k] * b[..., k, n]
+bmm:    the same for exactly three dims, without broadcasting
 linear: y[..., n] = activation(sum_k x[..., k] * weight[n, k] + bias[n])
 
 | tensor | shape | dtype |
 |---|---|---|
-| a | (..., M, K) | float32, float16, bfloat16 |
-| b | (..., K, N), its batch dims broadcast against a's | that of a |
+| a | (..., M, K); bmm: (B, M, K) | float32, float16, bfloat16 |
+| b | (..., K, N), its batch dims broadcast against a's; bmm: (B, K, N) | that of a |
 | x | (..., K), one or more dims | float32, float16, bfloat16 |
 | weight | (N, K) | that of x |
 | bias | (N,) or None | that of x |
@@ -16,10 +17,12 @@ Accumulation, bias and activation are in float32; the result is rounded once, to
 follow `torch.set_float32_matmul_precision` and `torch.backends.cuda.matmul`: TF32 only where torch would use it.
 Results do not depend on the order in which programs run: split-K adds its partial products in a second kernel.
 
-Two kernels do the work. On compute capability 9.0 and up, operands whose rows are 16-byte aligned are fetched by TMA;
-anything else (Ampere, odd strides, batches, the interpreter) takes the portable kernel, which reads any strides.
+Three kernels do the work. A product with one row or column streams the matrix through CUDA cores. On compute capability
+9.0 and up, operands whose rows are 16-byte aligned are fetched by TMA; anything else (Ampere, odd strides, batches that are
+not evenly spaced, the interpreter) takes the portable kernel, which reads any strides.
 
-Raises ValueError for a 1-D operand, sizes that do not match, an unknown activation; TypeError for dtypes that differ.
+Raises ValueError for a 1-D operand (bmm: any number of dims but three), sizes that do not match, an unknown activation;
+TypeError for dtypes that differ.
 
 Sources: L2-friendly tile order, https://triton-lang.org/main/getting-started/tutorials/03-matrix-multiplication.html;
 GELU, https://arxiv.org/abs/1606.08415.
@@ -27,6 +30,7 @@ GELU, https://arxiv.org/abs/1606.08415.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -106,6 +110,10 @@ def linear_bwd_reference(
         dz.to(dy.dtype).contiguous() if activation != "none" else dy.new_empty(0),
         rows.sum(0).to(dy.dtype) if needs_dbias else dy.new_empty(0),
     )
+
+
+def bmm_reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return matmul_reference(a, b)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -304,18 +312,23 @@ def _matmul_kernel(
 
 
 @triton.jit
-def _matmul_tma_load(desc, off, k, K_MAJOR: tl.constexpr):
-    """(ROWS, BLOCK_K) of an operand. TMA wants a contiguous last dim: the other order is transposed after the load."""
+def _matmul_tma_load(desc, first, off, k, K_MAJOR: tl.constexpr):
+    """(ROWS, BLOCK_K) of an operand. TMA wants a contiguous last dim: the other order is transposed after the load.
+
+    first: where the batch begins among the descriptor's rows.
+    """
     if K_MAJOR:
-        return desc.load([off, k])
+        return desc.load([first + off, k])
     else:
-        return desc.load([k, off]).T
+        return desc.load([first + k, off]).T
 
 
 @triton.jit
 def _matmul_tma_product(
     a_desc,
     b_desc,
+    a_first,
+    b_first,
     off_m,
     off_n,
     k_first,
@@ -330,8 +343,8 @@ def _matmul_tma_product(
 ):
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, span, BLOCK_K):
-        a = _matmul_tma_load(a_desc, off_m, k_first + k, A_K_MAJOR)  # (BLOCK_M, BLOCK_K)
-        b = _matmul_tma_load(b_desc, off_n, k_first + k, B_K_MAJOR)  # (BLOCK_N, BLOCK_K)
+        a = _matmul_tma_load(a_desc, a_first, off_m, k_first + k, A_K_MAJOR)  # (BLOCK_M, BLOCK_K)
+        b = _matmul_tma_load(b_desc, b_first, off_n, k_first + k, B_K_MAJOR)  # (BLOCK_N, BLOCK_K)
         if UPCAST:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -385,6 +398,9 @@ def _matmul_tma_kernel(
     N,
     K,
     K_SPLIT,
+    B,
+    A_BATCH,
+    B_BATCH,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -398,28 +414,38 @@ def _matmul_tma_kernel(
     TMA_STORE: tl.constexpr,
     HALVES: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    BATCHED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """2-D product with TMA loads (zeros beyond the edges). out, z_out: descriptors if TMA_STORE, else pointers."""
+    """Products with TMA loads (zeros beyond the edges). out, z_out: descriptors if TMA_STORE, else pointers.
+
+    BATCHED: the descriptors hold B matrices one below another, A_BATCH and B_BATCH rows apart (0: the same for all), so
+    a tile at the edge of one may read rows of the next. They meet only rows of the output that are not stored: the
+    launcher sees to it.
+    """
     pid = tl.program_id(0)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     if PERSISTENT:
         # flatten: the next tile's loads start while this tile is stored
-        for tile in tl.range(pid, tiles, tl.num_programs(0), flatten=True):
-            pid_m, pid_n = _matmul_tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        for tile in tl.range(pid, tiles * B if BATCHED else tiles, tl.num_programs(0), flatten=True):
+            batch = tile // tiles if BATCHED else 0
+            pid_m, pid_n = _matmul_tile_of(tile % tiles if BATCHED else tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
             off_m = pid_m * BLOCK_M
             off_n = pid_n * BLOCK_N
             acc = _matmul_tma_product(
-                a_desc, b_desc, off_m, off_n, 0, K,
+                a_desc, b_desc, batch * A_BATCH, batch * B_BATCH, off_m, off_n, 0, K,
                 BLOCK_M, BLOCK_N, BLOCK_K, A_K_MAJOR, B_K_MAJOR, PRECISION, UPCAST,
             )  # fmt: skip
+            tile_out = out if TMA_STORE or not BATCHED else out + batch.to(tl.int64) * M * N
             _matmul_tma_finish(
-                acc, bias_ptr, out, z_out, off_m, off_n, M, N,
+                acc, bias_ptr, tile_out, z_out, off_m + batch * M if TMA_STORE else off_m, off_n, M, N,
                 BLOCK_M, BLOCK_N, HAS_BIAS, ACTIVATION, STORE_Z, TMA_STORE, HALVES,
             )  # fmt: skip
     else:
-        split = pid // tiles
+        part = pid // tiles  # split * B + batch
+        split = part // B if BATCHED else part
+        batch = part % B if BATCHED else 0
         k_first = split * K_SPLIT
         # tl.assume with range(0, span) keeps ptxas from serialising wgmma (its warning C7515)
         span = min(K - k_first, K_SPLIT) if SPLIT_K > 1 else K
@@ -428,15 +454,67 @@ def _matmul_tma_kernel(
         off_m = pid_m * BLOCK_M
         off_n = pid_n * BLOCK_N
         acc = _matmul_tma_product(
-            a_desc, b_desc, off_m, off_n, k_first, span,
+            a_desc, b_desc, batch * A_BATCH, batch * B_BATCH, off_m, off_n, k_first, span,
             BLOCK_M, BLOCK_N, BLOCK_K, A_K_MAJOR, B_K_MAJOR, PRECISION, UPCAST,
         )  # fmt: skip
-        if SPLIT_K > 1:  # partial products go to (SPLIT_K, M, N) by pointer
-            out += split.to(tl.int64) * M * N
+        if TMA_STORE:
+            off_m += batch * M
+        elif SPLIT_K > 1 or BATCHED:  # (SPLIT_K, B, M, N) by pointer
+            out += part.to(tl.int64) * M * N
         _matmul_tma_finish(
             acc, bias_ptr, out, z_out, off_m, off_n, M, N,
             BLOCK_M, BLOCK_N, HAS_BIAS, ACTIVATION, STORE_Z, TMA_STORE, HALVES,
         )  # fmt: skip
+
+
+@triton.jit
+def _matmul_vector_kernel(
+    w_ptr,
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    z_ptr,
+    N,
+    K,
+    K_SPLIT,
+    stride_wn,
+    stride_xk,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STORE_Z: tl.constexpr,
+):
+    """out[n] = sum_k w[n, k] * x[k], rows of w contiguous. A stream of w: nothing is used twice, so no tensor cores."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    offs_k = tl.arange(0, BLOCK_K)  # (BLOCK_K,)
+    mask_n = offs_n < N
+    split = tl.program_id(1)
+    k_first = split * K_SPLIT
+    k_last = min(k_first + K_SPLIT, K) if SPLIT_K > 1 else K
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_k[None, :]  # (BLOCK_N, BLOCK_K)
+    x_ptrs = x_ptr + offs_k.to(tl.int64) * stride_xk
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in range(k_first, k_last, BLOCK_K):
+        k_int64 = tl.cast(k, tl.int64)
+        if EVEN_K:
+            w = tl.load(w_ptrs + k_int64, mask=mask_n[:, None], other=0.0)
+            x = tl.load(x_ptrs + k_int64 * stride_xk)
+        else:
+            mask_k = offs_k < k_last - k
+            w = tl.load(w_ptrs + k_int64, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+            x = tl.load(x_ptrs + k_int64 * stride_xk, mask=mask_k, other=0.0)
+        acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    y = tl.sum(acc, axis=1)
+    if SPLIT_K > 1:  # (SPLIT_K, N)
+        out_ptr += split.to(tl.int64) * N
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if STORE_Z:
+        tl.store(z_ptr + offs_n, y.to(z_ptr.dtype.element_ty), mask=mask_n)
+    tl.store(out_ptr + offs_n, _linear_activate(y, ACTIVATION).to(out_ptr.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -524,15 +602,89 @@ class _MatmulConfig(NamedTuple):
     halves: bool = False  # TMA kernel only: epilogue in two halves
 
 
-def _matmul_split(tiles: int, K: int, block_k: int, sms: int) -> int:
-    """How many programs share the K loop of a tile: enough to fill the GPU, each with at least four steps."""
+class _MatmulTile(NamedTuple):
+    """A tile and the share of the GPU's rate that a full wave of them reaches."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    share: float
+
+
+# The shares were measured on an H200 (bench/results/tuning/nvidia_h200). A stage of the widest tile is 48 KB, its
+# accumulator 128 registers a thread. A tile of BLOCK_M x BLOCK_N fetches (BLOCK_M + BLOCK_N) / (BLOCK_M * BLOCK_N) operand
+# elements for a multiply-add, and an SM takes in no more than 64 bytes a cycle: hence what the small ones lose.
+_MATMUL_TMA_TILES = (
+    _MatmulTile(128, 256, 8, 3, 1.0),
+    _MatmulTile(128, 128, 8, 4, 0.93),
+    _MatmulTile(128, 64, 8, 6, 0.82),
+    _MatmulTile(64, 64, 4, 6, 0.7),
+)
+_MATMUL_TILES = (
+    _MatmulTile(128, 128, 8, 3, 0.8),
+    _MatmulTile(64, 128, 4, 3, 0.67),
+    _MatmulTile(64, 64, 4, 4, 0.56),
+)
+# CUDA cores: operands and accumulator are registers, which limits the tile.
+_MATMUL_IEEE_TILES = (_MatmulTile(64, 64, 4, 3, 0.08), _MatmulTile(32, 32, 4, 3, 0.06))
+
+
+def _matmul_microseconds(
+    M: int, N: int, K: int, batches: int, tile: _MatmulTile, block_k: int, split: int, sms: int
+) -> float:
+    """Estimated time on an H200, to compare tiles and splits of K by; other GPUs differ by a factor that cancels.
+
+    Waves of programs, each with its flops at its share of the SM's 5.2 TFLOP/s and a microsecond to start and to end;
+    for a split, the reduction's launch and the float32 partial results, written and read at 3 TB/s.
+    """
+    programs = cdiv(M, tile.block_m) * cdiv(N, tile.block_n) * batches * split
+    flops = 2 * tile.block_m * tile.block_n * block_k * cdiv(cdiv(K, block_k), split)
+    product = cdiv(programs, sms) * (flops / (5.2e6 * tile.share) + 1.0)
+    return product if split == 1 else product + 2.0 + 8 * split * batches * M * N / 3e6
+
+
+def _matmul_split(tiles: int, K: int, block_k: int, slots: int) -> int:
+    """How many programs share the K loop of a tile: enough to fill `slots`, each with at least four steps."""
     steps = cdiv(K, block_k)
-    if 2 * tiles > sms or steps < 8:
+    if 2 * tiles > slots or steps < 8:
         return 1
-    per_part = cdiv(steps, min(2 * sms // tiles, steps // 4, 32))
+    per_part = cdiv(steps, min(slots // tiles, steps // 4, 32))
     return cdiv(steps, per_part)  # no part is empty
 
 
+def _matmul_stream_config(
+    M: int, N: int, K: int, batches: int, itemsize: int, aligned: bool, tma: bool, sms: int
+) -> _MatmulConfig:
+    """A short side of at most 64 (decoding): bound by the stream of the longer operand.
+
+    One block covers the short side. The blocks of the long side are as long as still make a program for nearly every SM,
+    and their stages together keep about 100 KB per SM in flight: then the stream runs at the memory's rate, and needs no
+    second kernel for a split K.
+    """
+    short_side, long_side = min(M, N), max(M, N)
+    short = 16 if short_side <= 16 else 32 if short_side <= 32 else 64
+    if tma:
+        block_k = 256 // itemsize
+        # The short operand is fetched by every program: next to 64 rows, shorter blocks would be fed from the L2 too slowly.
+        length = 64 if short == 64 or 10 * cdiv(long_side, 64) * batches >= 9 * sms else 32
+        programs = cdiv(long_side, length) * batches
+        split = _matmul_split(programs, K, block_k, sms)
+        # a program alone on its SM has all the shared memory for its stages; else two share it
+        budget = (200 if programs * split <= sms else 100) * 1024
+        stages = min(10, budget // ((short + length) * block_k * itemsize))
+        stages += short < 64  # without wgmma the compiler keeps one buffer fewer than stages
+    else:
+        # the pointers of a longer BLOCK_K would spill
+        block_k = (128 if aligned else 64) // itemsize
+        length = 64
+        stages = 3 if short == 64 or itemsize == 4 else 5
+        split = _matmul_split(cdiv(long_side, length) * batches, K, block_k, 2 * sms)
+    blocks = (short, length) if M <= N else (length, short)
+    return _MatmulConfig(*blocks, block_k, 4, stages, split_k=split)
+
+
+@functools.lru_cache(4096)
 def _matmul_config(
     M: int,
     N: int,
@@ -543,52 +695,36 @@ def _matmul_config(
     aligned: bool,
     tma: bool,
     activation: str,
-    target: int,
     sms: int,
 ) -> _MatmulConfig:
-    """The launch configuration for a shape. Candidates are (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)."""
-    if itemsize == 4 and precision == "ieee":
-        # CUDA cores: operands and accumulator are registers, which limits the tile.
-        tiles = ((64, 64, 16, 4, 3), (32, 32, 16, 4, 3)) if min(M, N) > 32 else ((32, 32, 32, 4, 3),)
-    elif min(M, N) <= 64:
-        # Decoding: bound by the bandwidth of the longer operand. One block covers the short side; blocks of 64 on the
-        # long side make many programs, whose stages together keep 100 KB or more per SM in flight. Without TMA the
-        # pointers of a longer BLOCK_K would spill.
-        short = 16 if min(M, N) <= 16 else 32 if min(M, N) <= 32 else 64
-        block_k = (256 if tma else 128 if aligned else 64) // itemsize
-        stages = 3 if short == 64 or itemsize == 4 else 5
-        tiles = ((short, 64, block_k, 4, stages),) if M <= N else ((64, short, block_k, 4, stages),)
-    elif tma:
-        # A stage of the widest tile is 48 KB, its accumulator 128 registers a thread. 128-byte rows are a swizzle atom.
-        block_k = 128 // itemsize
-        tiles = (
-            (128, 256, block_k, 8, 3),
-            (128, 128, block_k, 8, 4),
-            (64, 128, block_k, 4, 4),
-            (64, 64, block_k, 4, 4),
-        )
-    else:
-        # Without 16-byte loads every element has a pointer of its own: a shorter block leaves registers for them.
-        block_k = (128 if aligned else 64) // itemsize
-        tiles = ((128, 128, block_k, 8, 3), (64, 128, block_k, 4, 3), (64, 64, block_k, 4, 4))
-
-    # Useful share of all the slots in all waves, weighted by what a tile can reach: larger ones reuse more.
-    def score(tile: tuple[int, ...]) -> float:
-        block_m, block_n = tile[:2]
-        waves = cdiv(cdiv(M, block_m) * cdiv(N, block_n) * batches, sms)
-        return M * N * batches / (waves * sms * block_m * block_n) * (block_m * block_n) ** 0.25
-
-    best = max(tiles, key=score)
-    count = cdiv(M, best[0]) * cdiv(N, best[1]) * batches
-    split_k = _matmul_split(count, K, best[2], sms)
-    wide = tma and best[1] == 256
-    if wide and itemsize == 2 and split_k == 1:
+    """The launch configuration for a shape."""
+    ieee = itemsize == 4 and precision == "ieee"
+    if min(M, N) <= (32 if ieee else 64):
+        if not ieee:
+            return _matmul_stream_config(M, N, K, batches, itemsize, aligned, tma, sms)
+        split = _matmul_split(cdiv(M, 32) * cdiv(N, 32) * batches, K, 32, 2 * sms)
+        return _MatmulConfig(32, 32, 32, 4, 3, split_k=split)
+    # 128-byte rows are a swizzle atom. Without 16-byte loads every element has a pointer of its own: a shorter block leaves
+    # registers for them.
+    block_k = 16 if ieee else (128 if tma or aligned else 64) // itemsize
+    steps = cdiv(K, block_k)
+    tiles = _MATMUL_IEEE_TILES if ieee else _MATMUL_TMA_TILES if tma else _MATMUL_TILES
+    splits = [s for s in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32) if s == 1 or 4 * s <= steps]
+    tile, split = min(
+        ((tile, split) for tile in tiles for split in splits),
+        key=lambda choice: _matmul_microseconds(M, N, K, batches, choice[0], block_k, choice[1], sms),
+    )
+    split = cdiv(steps, cdiv(steps, split))  # no part is empty
+    wide = tma and tile.block_n == 256
+    blocks = (tile.block_m, tile.block_n, block_k, tile.num_warps)
+    if wide and itemsize == 2 and split == 1:
         # One program per SM that loops over the tiles, so that the next tile's loads run under this one's epilogue; stored in
         # halves, because a whole tile leaves no shared memory for the fourth stage. On an H200, against cuBLAS in the same
         # process: 1.02x at 8192^3, 1.01x at 4096^3; one program per tile gave 1.00x and 0.96x.
-        return _MatmulConfig(*best[:4], 4, split_k=1, persistent=True, halves=True)
+        return _MatmulConfig(*blocks, 4, persistent=True, halves=True)
     # The accumulator's 128 registers a thread leave few for an activation, and none for a float32 tile's store.
-    return _MatmulConfig(*best, split_k=split_k, halves=wide and (activation != "none" or itemsize == 4))
+    halves = wide and (activation != "none" or itemsize == 4)
+    return _MatmulConfig(*blocks, tile.num_stages, split_k=split, halves=halves)
 
 
 def _matmul_precision(dtype: torch.dtype) -> str:
@@ -601,54 +737,98 @@ def _matmul_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _matmul_tma_view(x: torch.Tensor) -> torch.Tensor | None:
-    """The 2-D tensor or its transpose, whichever TMA can read; None if it can read neither."""
-    return next((view for view in (x, x.t()) if can_describe(view)), None)
+class _MatmulOperand(NamedTuple):
+    """What TMA reads of an operand (..., rows, K): (rows, K) or (K, rows), the batches one below another."""
+
+    view: torch.Tensor
+    k_major: bool
+    batch_rows: int  # rows of the view from one batch to the next
+
+
+def _matmul_tma_operand(x: torch.Tensor, block_k: int) -> _MatmulOperand | None:
+    """The operand (rows, K) or (1, B, rows, K) as TMA can read it; None if it cannot."""
+    if x.dim() == 2:
+        if can_describe(x):
+            return _MatmulOperand(x, True, 0)
+        return _MatmulOperand(x.t(), False, 0) if can_describe(x.t()) else None
+    _, stride_batch, stride_row, stride_k = x.stride()
+    outer, batches, rows, K = x.shape
+    for k_major in (True, False):
+        if outer != 1 or (stride_k if k_major else stride_row) != 1:
+            continue
+        lines, stride = (rows, stride_row) if k_major else (K, stride_k)
+        shared = batches == 1 or stride_batch == 0
+        # Past the last line of a batch lie the next one's. Lines of K must not: what they hold (inf, say) times the other
+        # operand's zeros would be NaN.
+        if not shared and (stride_batch != lines * stride or (not k_major and K % block_k != 0)):
+            continue
+        size = (lines if shared else batches * lines, K if k_major else rows)
+        view = x.as_strided(size, (stride, 1))
+        if can_describe(view):
+            return _MatmulOperand(view, k_major, 0 if shared else lines)
+    return None
+
+
+def _matmul_tma_operands(
+    a: torch.Tensor, w: torch.Tensor, precision: str, block_k: int
+) -> tuple[_MatmulOperand, _MatmulOperand] | None:
+    """Both operands as TMA can read them, or None."""
+    found = _matmul_tma_operand(a, block_k), _matmul_tma_operand(w, block_k)
+    if found[0] is None or found[1] is None or max(*found[0].view.shape, *found[1].view.shape) >= 2**31:
+        return None
+    # wgmma takes 4-byte operands with K contiguous only
+    if a.dtype == torch.float32 and not (precision == "tf32" and found[0].k_major and found[1].k_major):
+        return None
+    return found[0], found[1]
 
 
 def _matmul_gemm(
     a: torch.Tensor,
-    b: torch.Tensor,
+    w: torch.Tensor,
     out: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str = "none",
     z: torch.Tensor | None = None,
     config: _MatmulConfig | None = None,
 ) -> None:
-    """out = activation(a @ b + bias), and z = a @ b + bias if z is given.
+    """out = activation(a @ w^T + bias), and z = a @ w^T + bias if z is given.
 
-    a (B1, B2, M, K), b (B1, B2, K, N): any strides; out, z: contiguous, B1 * B2 * M * N elements.
-    `config` overrides the heuristic (tuning).
+    a (M, K), w (N, K), or with batches (B1, B2, M, K), (B1, B2, N, K): any strides; out, z: contiguous,
+    B1 * B2 * M * N elements. `config` overrides the heuristic (tuning).
     """
-    B1, B2, M, K = a.shape
-    N = b.shape[3]
-    B = B1 * B2
-    NUMEL = B * M * N
+    NUMEL = out.numel()
     if NUMEL == 0:
         return
+    M, K = a.shape[-2:]
+    N = w.shape[-2]
+    B1, B2 = a.shape[:-2] or (1, 1)
+    B = B1 * B2
     epilogue = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "STORE_Z": z is not None}
     if K == 0:
         _matmul_reduce(out, out, 0, N, bias, z, epilogue)
         return
     # With no contiguous dim every load would be a scattered one: a copy costs less than the product.
-    a, b = (t if 1 in t.stride()[2:] else t.contiguous() for t in (a, b))
+    if 1 not in a.stride()[-2:]:
+        a = a.contiguous()
+    if 1 not in w.stride()[-2:]:
+        w = w.contiguous()
+    sms = sm_count(a.device)
+    if config is None and B == 1 and (M == 1 or N == 1):
+        if M == 1 and w.stride()[-1] == 1:
+            _matmul_vector(w.reshape(N, K), a.reshape(K), out, bias, z, epilogue, sms)
+            return
+        if N == 1 and a.stride()[-1] == 1 and bias is None:
+            _matmul_vector(a.reshape(M, K), w.reshape(K), out, None, z, epilogue, sms)
+            return
+    itemsize = a.element_size()
     precision = _matmul_precision(a.dtype)
-    target, sms = capability(a.device), sm_count(a.device)
-    # Views of A as (M, K) or (K, M) and of B as (N, K) or (K, N), whichever has contiguous, 16-byte aligned rows.
-    a_view, b_view = _matmul_tma_view(a[0, 0]), _matmul_tma_view(b[0, 0].t())
-    aligned = a_view is not None and b_view is not None
-    a_k_major = aligned and a_view.stride() == a.stride()[2:]
-    b_k_major = aligned and b_view.stride() == b.mT.stride()[2:]
-    tma = aligned and target >= 90 and B == 1 and max(M, N, K) < 2**31
-    if a.dtype == torch.float32:
-        tma = (
-            tma and precision == "tf32" and a_k_major and b_k_major
-        )  # wgmma takes 4-byte operands with K contiguous only
+    block_k = (
+        config.block_k if config is not None else (256 if min(M, N) <= 64 else 128) // itemsize
+    )  # of the TMA kernel
+    tma = _matmul_tma_operands(a, w, precision, block_k) if capability(a.device) >= 90 else None
     if config is None:
-        vectors = (
-            aligned and K % 16 == 0 and all(s * a.element_size() % 16 == 0 for t in (a, b) for s in t.stride()[:2])
-        )
-        config = _matmul_config(M, N, K, B, a.element_size(), precision, tma or vectors, tma, activation, target, sms)
+        aligned = tma is not None or (K % 16 == 0 and _matmul_aligned(a) and _matmul_aligned(w))
+        config = _matmul_config(M, N, K, B, itemsize, precision, aligned, tma is not None, activation, sms)
 
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     tiles = cdiv(M, block_m) * cdiv(N, block_n)
@@ -670,18 +850,20 @@ def _matmul_gemm(
     # With split-K the epilogue belongs to the reduction.
     shared |= epilogue if split == 1 else {"HAS_BIAS": False, "ACTIVATION": "none", "STORE_Z": False}
     bias_arg, z_arg = (bias, z) if split == 1 else (None, None)
-    if tma:
-        out_arg = partial
-        tma_store = split == 1 and can_describe(out.view(M, N))  # z has out's shape, and both are new
+    if tma is not None:
+        a_tma, w_tma = tma
+        out_arg: Any = partial
+        # A store by descriptor ends at the last batch's edge only. z has out's shape, and both are new.
+        tma_store = split == 1 and N * itemsize % 16 == 0 and (B == 1 or M % block_m == 0) and B * M < 2**31
         if tma_store:
             out_block = (block_m, block_n // 2 if config.halves else block_n)
-            out_arg = descriptor(out.view(M, N), out_block)
+            out_arg = descriptor(out.view(B * M, N), out_block)
             z_arg = None if z is None else descriptor(z.view(M, N), out_block)
         launch(
             _matmul_tma_kernel,
-            (min(tiles, sms) if config.persistent else tiles * split,),
-            descriptor(a_view, (block_m, block_k) if a_k_major else (block_k, block_m)),
-            descriptor(b_view, (block_n, block_k) if b_k_major else (block_k, block_n)),
+            (min(tiles * B, sms) if config.persistent else tiles * split * B,),
+            descriptor(a_tma.view, (block_m, block_k) if a_tma.k_major else (block_k, block_m)),
+            descriptor(w_tma.view, (block_n, block_k) if w_tma.k_major else (block_k, block_n)),
             bias_arg,
             out_arg,
             z_arg,
@@ -689,19 +871,25 @@ def _matmul_gemm(
             N,
             K,
             k_split,
-            A_K_MAJOR=a_k_major,
-            B_K_MAJOR=b_k_major,
+            B,
+            a_tma.batch_rows,
+            w_tma.batch_rows,
+            A_K_MAJOR=a_tma.k_major,
+            B_K_MAJOR=w_tma.k_major,
             TMA_STORE=tma_store,
             HALVES=config.halves,
             PERSISTENT=config.persistent,
+            BATCHED=B > 1,
             **shared,
         )
     else:
+        *batch_a, stride_am, stride_ak = a.stride()
+        *batch_w, stride_bn, stride_bk = w.stride()
         launch(
             _matmul_kernel,
             (tiles * split * B,),
             a,
-            b,
+            w,
             bias_arg,
             partial,
             z_arg,
@@ -711,11 +899,62 @@ def _matmul_gemm(
             k_split,
             B,
             B2,
-            *a.stride(),
-            *b.stride(),
+            *(batch_a or (0, 0)),
+            stride_am,
+            stride_ak,
+            *(batch_w or (0, 0)),
+            stride_bk,
+            stride_bn,
             EVEN_K=K % block_k == 0,
             **shared,
         )
+    if split > 1:
+        _matmul_reduce(partial, out, split, N, bias, z, epilogue)
+
+
+def _matmul_aligned(x: torch.Tensor) -> bool:
+    """Whether every row (of the contiguous dim) of a (..., rows, columns) tensor begins at a multiple of 16 bytes."""
+    size = x.element_size()
+    return all(s == 1 or s * size % 16 == 0 for s in x.stride()) and x.storage_offset() * size % 16 == 0
+
+
+def _matmul_vector(
+    w: torch.Tensor,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None,
+    epilogue: dict[str, Any],
+    sms: int,
+    block: tuple[int, int, int] = (4, 1024, 4),
+) -> None:
+    """out = activation(w @ x + bias): w (N, K) with contiguous rows, x (K,). `block`: BLOCK_N, BLOCK_K, warps (tuning)."""
+    N, K = w.shape
+    block_n, block_k, num_warps = block
+    programs = cdiv(N, block_n)
+    split = _matmul_split(programs, K, block_k, 4 * sms)
+    k_split = cdiv(cdiv(K, block_k), split) * block_k
+    partial = out if split == 1 else out.new_empty((split, N), dtype=torch.float32)
+    launch(
+        _matmul_vector_kernel,
+        (programs, split),
+        w,
+        x,
+        bias if split == 1 else None,
+        partial,
+        z if split == 1 else None,
+        N,
+        K,
+        k_split,
+        w.stride(0),
+        x.stride(0),
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        SPLIT_K=split,
+        EVEN_K=K % block_k == 0,
+        num_warps=num_warps,
+        **(epilogue if split == 1 else {"HAS_BIAS": False, "ACTIVATION": "none", "STORE_Z": False}),
+    )
     if split > 1:
         _matmul_reduce(partial, out, split, N, bias, z, epilogue)
 
@@ -777,12 +1016,25 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     out = matmul_fake(a, b)
     if out.numel() == 0:
         return out
-    if math.prod(b.shape[:-2]) == 1:
+    if b.dim() == 2 or math.prod(b.shape[:-2]) == 1:
         # One matrix b: a's leading dims are the rows of one product (a view, or a copy, which costs less than it).
-        _matmul_gemm(a.reshape(1, 1, math.prod(a.shape[:-1]), a.shape[-1]), b.reshape(1, 1, *b.shape[-2:]), out)
+        _matmul_gemm(_matmul_rows(a), b.t() if b.dim() == 2 else b.reshape(b.shape[-2:]).t(), out)
     else:
-        _matmul_gemm(*_matmul_batches(a, b), out)
+        a, b = _matmul_batches(a, b)
+        _matmul_gemm(a, b.mT, out)
     return out
+
+
+def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    out = bmm_fake(a, b)
+    if out.numel() > 0:
+        _matmul_gemm(a[None], b.mT[None], out)
+    return out
+
+
+def _matmul_rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., K) as (rows, K)."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def linear(
@@ -809,10 +1061,8 @@ def _linear_gemm(
     y: torch.Tensor,
     z: torch.Tensor | None,
 ) -> None:
-    N, K = weight.shape
-    rows = x.reshape(1, 1, math.prod(x.shape[:-1]), K)
     bias = None if bias is None else bias.contiguous()
-    _matmul_gemm(rows, weight.t().reshape(1, 1, K, N), y, bias, activation, z)
+    _matmul_gemm(_matmul_rows(x), weight, y, bias, activation, z)
 
 
 def linear_bwd(
@@ -860,8 +1110,14 @@ def linear_bwd(
 
 
 def matmul_fake(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = a.shape[:-2]
+    if b.dim() > 2:  # broadcast_shapes takes longer than a launch
+        batch = torch.broadcast_shapes(batch, b.shape[:-2])
     return a.new_empty((*batch, a.shape[-2], b.shape[-1]))
+
+
+def bmm_fake(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
 
 
 def linear_fake(
@@ -903,6 +1159,20 @@ def matmul_check(a: torch.Tensor, b: torch.Tensor) -> None:
         if size_a != size_b and size_a != 1 and size_b != 1:
             allowed = f"batch dims that broadcast against those of a, {tuple(a.shape)}"
             bad_argument("matmul", "b", f"of shape {tuple(b.shape)}", allowed)
+
+
+def bmm_check(a: torch.Tensor, b: torch.Tensor) -> None:
+    for name, t in (("a", a), ("b", b)):
+        if t.dim() != 3:
+            bad_argument("bmm", name, f"of shape {tuple(t.shape)}", "three dims (tt::matmul takes two or more)")
+    if a.dtype != b.dtype:
+        bad_argument("bmm", "b", f"of dtype {b.dtype}", f"the dtype of a, {a.dtype}", TypeError)
+    if a.shape[0] != b.shape[0]:
+        allowed = f"the batch size of a, {a.shape[0]} (tt::matmul broadcasts)"
+        bad_argument("bmm", "b", f"of batch size {b.shape[0]}", allowed)
+    if a.shape[2] != b.shape[1]:
+        allowed = f"(B, K, N) with K = {a.shape[2]}, the last size of a, {tuple(a.shape)}"
+        bad_argument("bmm", "b", f"of shape {tuple(b.shape)}", allowed)
 
 
 def linear_check(
@@ -967,6 +1237,18 @@ def _matmul_summed(left: torch.Tensor, right: torch.Tensor, shape: tuple[int, ..
     return torch.ops.tt.matmul(left, right).reshape(shape)
 
 
+def bmm_forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    ctx.save_for_backward(a if ctx.needs[1] else None, b if ctx.needs[0] else None)
+    return torch.ops.tt.bmm(a, b)
+
+
+def bmm_backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    a, b = ctx.saved_tensors
+    da = torch.ops.tt.bmm(dout, b.mT) if ctx.needs[0] else None
+    db = torch.ops.tt.bmm(a.mT, dout) if ctx.needs[1] else None
+    return da, db
+
+
 def _linear_keeps_z(activation: str) -> bool:
     """Whether the gradient needs the pre-activation: recomputing it costs a product. For relu the output will do."""
     return activation in ("gelu", "gelu_tanh", "silu")
@@ -1008,6 +1290,9 @@ def matmul_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[S
     for M, K, N in [(1, 1, 1), (33, 65, 17), (128, 64, 96), (1, 256, 72), (200, 136, 3)]:
         yield Sample(f"M{M}_K{K}_N{N}", (rand(M, K), rand(K, N)))
     yield Sample("split_k", (rand(8, 4096), rand(4096, 24)))
+    yield Sample("row_vector", (rand(1, 1100), rand(9, 1100).t()))
+    yield Sample("column_vector", (rand(7, 2048), rand(2048, 1)))
+    yield Sample("column_vector_split_k", (rand(4, 8200), rand(8200, 1)))
     yield Sample("split_k_ragged", (rand(5, 4100), rand(4100, 7)))
     yield Sample("several_tiles", (rand(300, 80), rand(80, 264)), slow_in_interpreter=True)
     for M, K, N in [(0, 5, 4), (4, 0, 5), (4, 5, 0), (0, 0, 0)]:
@@ -1054,6 +1339,46 @@ def matmul_cost(a: torch.Tensor, b: torch.Tensor) -> Cost:
     operands = (a.numel() + b.numel()) * size
     # backward: two products of the same size; dout and both operands in, both gradients out
     return Cost(flops, operands + out * size, 2 * flops, 2 * operands + out * size)
+
+
+def bmm_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    for B, M, K, N in [(1, 1, 1, 1), (3, 17, 33, 9), (2, 70, 128, 72)]:
+        yield Sample(f"B{B}_M{M}_K{K}_N{N}", (rand(B, M, K), rand(B, K, N)))
+    for B, M, K, N in [(0, 4, 5, 6), (2, 0, 5, 6), (2, 4, 0, 6), (2, 4, 5, 0)]:
+        yield Sample(f"empty_B{B}_M{M}_K{K}_N{N}", (rand(B, M, K), rand(B, K, N)))
+    yield Sample("transposed", (rand(2, 16, 24).mT, rand(2, 40, 16).mT))
+    yield Sample("batch_last", (rand(9, 16, 3).permute(2, 0, 1), rand(16, 8, 3).permute(2, 0, 1)))
+    yield Sample("expanded", (rand(1, 9, 16).expand(3, 9, 16), rand(16, 1).expand(3, 16, 8)))
+    yield Sample("sliced", (rand(3, 20, 40)[:, 1:18, 3:36], rand(6, 33, 24)[::2, :, ::3]))
+    yield Sample("long_K", (rand(2, 3, 4096), rand(2, 4096, 5)))
+
+
+def bmm_error_samples(device: torch.device | str) -> Iterator[ErrorSample]:
+    a, b = torch.randn(2, 4, 5, device=device), torch.randn(2, 5, 3, device=device)
+    yield ErrorSample("a_2d", (a[0], b), match=r"bmm.*'a'.*\(4, 5\).*three dims.*matmul")
+    yield ErrorSample("b_4d", (a, b[None]), match=r"bmm.*'b'.*\(1, 2, 5, 3\).*three dims")
+    yield ErrorSample("batches", (a, b[:1]), match=r"bmm.*'b'.*batch size 1.*batch size of a, 2.*broadcasts")
+    yield ErrorSample("inner_sizes", (a, b.mT), match=r"bmm.*'b'.*\(2, 3, 5\).*K = 5")
+    yield ErrorSample("dtypes_differ", (a, b.half()), error=TypeError, match="bmm.*'b'.*float16.*float32")
+
+
+def bmm_bench_cases() -> Iterator[BenchCase]:
+    def case(B: int, M: int, N: int, K: int, passes: tuple[str, ...]) -> BenchCase:
+        def make(device: torch.device | str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            a, b = torch.randn(B, M, K, device=device, dtype=dtype), torch.randn(B, K, N, device=device, dtype=dtype)
+            return (a, b), {}
+
+        return BenchCase(f"{B}x{M}x{N}x{K}", make, passes=passes)
+
+    yield case(32, 2048, 2048, 128, ("fwd", "fwdbwd"))
+    yield case(16, 2048, 2048, 2048, ("fwd",))
+
+
+def bmm_cost(a: torch.Tensor, b: torch.Tensor) -> Cost:
+    return matmul_cost(a, b)
 
 
 def linear_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -1107,6 +1432,7 @@ def linear_bench_cases() -> Iterator[BenchCase]:
     yield case(8192, 14336, 4096, passes=("fwd", "fwdbwd"))
     yield case(8192, 4096, 14336)
     yield case(16, 14336, 4096)
+    yield case(1, 14336, 4096)
     yield case(8192, 14336, 4096, "gelu_tanh", passes=("fwd", "fwdbwd"))
 
 
