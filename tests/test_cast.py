@@ -59,6 +59,7 @@ def mismatches(device: str) -> Iterator[str]:
                 yield f"{source} to {to}: {count} of {x.numel()}"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_every_value_on_the_gpu() -> None:
     assert list(mismatches("cuda")) == []

@@ -175,7 +175,7 @@ def test_a_folder_instead_of_a_file(tmp_path: Path) -> None:
         pytest.param("dtypes", "float32", ["must be a list of names"], id="dtypes_no_list"),
         pytest.param("dtypes", "[float32, float32]", ["names something twice"], id="dtype_twice"),
         pytest.param("autocast", "float16", ["'float16'", "allowed: float32, autocast_dtype"], id="autocast"),
-        pytest.param("sharding", "columns", ["'columns'", "allowed: elementwise, rowwise"], id="sharding"),
+        pytest.param("sharding", "columns", ["'columns'", "allowed: elementwise, transposed"], id="sharding"),
         pytest.param("lesson", "13", ["lesson is 13", "from 1 to 12"], id="lesson_out_of_range"),
         pytest.param("lesson", "eight", ["lesson is 'eight'", "from 1 to 12"], id="lesson_no_number"),
         pytest.param("lesson", "true", ["lesson is True", "from 1 to 12"], id="lesson_boolean"),

@@ -115,6 +115,20 @@ def _elementwise(call: _Call) -> Iterator[_Placements]:
             yield found
 
 
+def _transposed(call: _Call) -> Iterator[_Placements]:
+    """Any dimension; `dim0` and `dim1` change places in the output."""
+    from torch.distributed.tensor import Shard
+
+    ((name, shape),) = call.inputs.items()
+    (out,) = call.outputs
+    places = list(range(len(shape)))
+    if places:
+        dim0, dim1 = (call.option(dim) % len(shape) for dim in ("dim0", "dim1"))
+        places[dim0], places[dim1] = dim1, dim0
+    for dim, place in enumerate(places):
+        yield {name: Shard(dim), out: Shard(place)}
+
+
 def _rowwise(call: _Call) -> Iterator[_Placements]:
     """Every dimension but the one that is reduced: `dim`, or the last. Statistics have the leading dimensions."""
     shape = next(shape for name, shape in call.inputs.items() if name not in PARAMETERS)
@@ -221,6 +235,7 @@ def _matmul(call: _Call) -> Iterator[_Placements]:
 
 RULES: dict[str, _Rule] = {
     "elementwise": _elementwise,
+    "transposed": _transposed,
     "rowwise": _rowwise,
     "batch_and_heads": _batch_and_heads,
     "cross_entropy": _cross_entropy,

@@ -207,6 +207,7 @@ def strided_copy_samples(device: torch.device | str, dtype: torch.dtype) -> Iter
         return  # the same bits are moved
     yield Sample("turned", (t(3, 33, 7).permute(2, 0, 1),))
     yield Sample("heads", (t(2, 5, 3, 16).transpose(1, 2),))
+    yield Sample("size_one", (t(1, 7),))
     yield Sample("expanded", (t(3, 1, 5, 1).expand(3, 4, 5, 6),))
     yield Sample("contiguous", (t(3, 1001),))
     yield Sample("unmergeable_dims", (t(2, 4, 2, 4, 2, 4, 6)[:, ::2, :, ::2, :, ::2, ::3],))

@@ -204,6 +204,7 @@ def transpose_samples(device: torch.device | str, dtype: torch.dtype) -> Iterato
     yield Sample("ends", (t(5, 3, 2, 19), 0, 3))
     yield Sample("few_channels", (t(2, 301, 3), 1, 2))
     yield Sample("few_rows", (t(3, 301), 0, 1))
+    yield Sample("size_one", (t(1, 7), 0, 1))
     yield Sample("already_turned", (t(9, 35).t(), 0, 1))
     yield Sample("same_dim", (t(3, 5), 1, 1))
     yield Sample("empty", (t(3, 0, 2), 0, 1))
