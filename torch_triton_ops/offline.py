@@ -81,7 +81,7 @@ def specialisation(launch: Launch) -> tuple[Any, ...]:
 def compile_launch(launch: Launch, target: int) -> Compiled:
     """Compile for compute capability `target` (80, 90, 100) with this Triton's own ptxas."""
     signature, constants, attributes = _signature(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    source = _source_class(launch)(launch.kernel, signature, constants, attributes)
     log = io.StringIO()
     knobs = triton.knobs
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
@@ -102,6 +102,14 @@ def compile_launch(launch: Launch, target: int) -> Compiled:
     )
 
 
+def _source_class(launch: Launch) -> type[ASTSource]:
+    if not launch.kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
     """Triton's signature, constants and attributes of a launch, specialised as its own launcher would."""
     signature: dict[str, str] = {}
@@ -120,13 +128,17 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
             divisible = value.storage_offset() * value.element_size() % 16 == 0
             signature[parameter.name] = f"*{_TYPES[value.dtype]}"
         elif isinstance(value, Descriptor):
+            # spelt as Triton's own launcher does; a Gluon descriptor's type holds its shared-memory layout
             box = ",".join(map(str, value.block_shape))
-            signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype]}[{box}]>"
+            layout = "" if value.layout is None else f",{value.layout!r}"
+            signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype]}[{box}]{layout}>"
         elif isinstance(value, bool):
             signature[parameter.name] = "u1"
         elif isinstance(value, int):
             divisible = value % 16 == 0 and not parameter.do_not_specialize
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        elif isinstance(value, float) and launch.kernel.is_gluon():
+            signature[parameter.name] = "fp32"  # never inlined into a graph, where a run-time float would be fp64
         else:
             raise TypeError(f"{launch.kernel.__name__}: {parameter.name} is {value!r}; pass floats as tl.constexpr")
         if divisible and not parameter.do_not_specialize_on_alignment:

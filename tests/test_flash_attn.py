@@ -1,0 +1,106 @@
+"""Which kernels flash_attn runs where, and every config of the Hopper kernels compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from torch_triton_ops import launch, offline
+from torch_triton_ops.ops import flash_attn
+
+pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="the interpreter runs the portable kernels alone")
+
+
+def kernels(target=90, Sq=256, Skv=256, D=128, dtype=torch.bfloat16, **options):
+    """Names of the forward kernels recorded on a target."""
+    q = torch.empty(2, 4, Sq, D, device="meta", dtype=dtype)
+    k = torch.empty(2, 2, Skv, D, device="meta", dtype=dtype)
+    launches = offline.record(lambda: torch.ops.tt.flash_attn(q, k, k, **options), target)
+    return [recorded.kernel.__name__ for recorded in launches]
+
+
+HOPPER, PORTABLE = ["_flash_attn_fwd_hopper_kernel"], ["_flash_attn_fwd_kernel"]
+
+
+@pytest.mark.parametrize("target", [80, 100])
+def test_other_gpus_run_the_portable_kernel(target):
+    assert kernels(target) == PORTABLE
+
+
+@pytest.mark.parametrize("D", [40, 64, 80, 96, 128, 192, 256])
+def test_hopper_runs_gluon(D):
+    assert kernels(D=D) == kernels(D=D, causal=True) == HOPPER
+    assert kernels(D=D, dtype=torch.float16, Sq=1, Skv=1000, scale=0.5) == HOPPER
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"dtype": torch.float32},
+        {"D": 32},
+        {"D": 100},
+        {"scale": -1.0},
+        {"scale": 0.0},
+        {"softcap": 5.0},
+        {"window_left": 10},
+        {"window_right": 10},
+        {"Skv": 0},
+    ],
+    ids=str,
+)
+def test_what_gluon_lacks_is_portable(call):
+    assert kernels(**call) == PORTABLE
+
+
+def test_a_window_that_hides_nothing_is_none():
+    assert kernels(window_left=255, window_right=255) == HOPPER
+    assert kernels(window_right=0) == kernels(causal=True, window_right=9) == HOPPER  # causal by another name
+
+
+def test_setting(monkeypatch):
+    monkeypatch.setattr(flash_attn, "_setting", "triton")
+    assert kernels() == PORTABLE
+    monkeypatch.setattr(flash_attn, "_setting", "gluon")
+    assert kernels() == HOPPER
+    with pytest.raises(RuntimeError, match="flash_attn.*TORCH_TRITON_OPS_ATTENTION=gluon.*softcap"):
+        kernels(softcap=1.0)
+    with pytest.raises(RuntimeError, match="flash_attn.*compute capability 9.0"):
+        kernels(80)
+
+
+def test_wrong_setting_is_named():
+    code = "import torch, torch_triton_ops; torch.ops.tt.flash_attn(*torch.ones(3, 1, 1, 1, 16))"
+    environment = os.environ | {"TORCH_TRITON_OPS_ATTENTION": "cudnn"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "TORCH_TRITON_OPS_ATTENTION is 'cudnn'; allowed: auto, triton, gluon" in done.stderr
+
+
+def test_untested_triton_runs_portable_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(flash_attn, "_GLUON_IS_TESTED", False)
+    flash_attn._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert kernels() == kernels() == PORTABLE
+        assert kernels(80) == PORTABLE
+    assert len(said) == 1
+    assert "tested with triton 3.6 and 3.7" in str(said[0].message)
+    monkeypatch.setattr(flash_attn, "_setting", "gluon")
+    with pytest.raises(RuntimeError, match="tested with triton 3.6 and 3.7"):
+        kernels()
+
+
+def test_torch_compile_keeps_the_hopper_kernel_as_one_node():
+    """A Gluon kernel cannot be inlined: the launcher says so before it touches anything."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from torch_triton_ops.ops.flash_attn import hopper
+
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 64, 64, dtype=torch.bfloat16)
+        with pytest.raises(launch.NotInlinable, match="hopper"):
+            hopper.forward(q, q, q, q, None, 0.1, True)

@@ -1,0 +1,623 @@
+"""Flash attention, forward and backward: softmax(scale * q @ k^T) @ v without ever storing the score matrix.
+
+score[i, j] = scale * dot(q[i], k[j]), or softcap * tanh(score / softcap) if softcap > 0
+P[i, j]     = exp(score[i, j] - lse[i]),  lse[i] = log(sum_j exp(score[i, j])),  over the keys j that query i may see
+out[i]      = sum_j P[i, j] * v[j]
+
+Let p(i) = i + Skv - Sq, the place of query i among the keys: **causal and windows are aligned to the bottom right**, so the
+last query stands beside the last key also when Sq != Skv. Query i sees the keys j of 0 <= j < Skv with
+    j <= p(i) if causal,  j >= p(i) - window_left if window_left >= 0,  j <= p(i) + window_right if window_right >= 0.
+A query that sees nothing gets zeros (and lse = -inf), and its gradient is zero.
+
+| argument | shape | dtype |
+|---|---|---|
+| q | (B, Hq, Sq, D), D from 16 to 256 | float32, float16, bfloat16 |
+| k, v | (B, Hkv, Skv, D), Hq a multiple of Hkv: query head h reads key head h // (Hq / Hkv) | that of q |
+| out, dq | that of q | that of q |
+| dk, dv | that of k | that of k |
+| lse (internal) | (B, Hq, Sq), natural logarithm | float32 |
+
+`scale` defaults to 1 / sqrt(D). `alibi_slopes`, `attn_bias` and `sinks` are not implemented and raise NotImplementedError.
+
+Memory layout. Inputs may have any strides; only a last stride other than 1 costs a copy. An output is dense and keeps the
+order of its model (out and dq follow q, dk follows k, dv follows v): `(B, S, H, D)` in memory, shown as `(B, H, S, D)`, if the
+model's head stride is smaller than its row stride, else contiguous. So `(B, S, H, D).transpose(1, 2)` costs nothing on the way
+in or out.
+
+float32 products follow `torch.backends.cuda.matmul.fp32_precision` at launch: IEEE unless TF32 is allowed.
+
+FLOPs: 4 * D per visible pair (query, key) and head forward, 10 * D backward (two and five matrix products). The backward is two
+kernels, one that owns dk and dv and one that owns dq, so nothing is added atomically and results repeat bit for bit.
+
+Sources: Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691; Rabe and Staats, https://arxiv.org/abs/2112.05682.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+import triton
+
+from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
+from torch_triton_ops.errors import bad_argument
+from torch_triton_ops.launch import capability
+
+from . import triton_kernels
+
+# --------------------------------------------------------------------------------------------------------------------
+# The specification: plain torch
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def flash_attn_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return flash_attn_fwd_reference(q, k, v, causal, scale, window_left, window_right, softcap)[0]
+
+
+def flash_attn_fwd_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = _arithmetic_dtype(q)
+    group = _group(q, k)
+    visible = _visible_mask(q.shape[2], k.shape[2], causal, window_left, window_right, q.device)  # (Sq, Skv)
+    k, v_all = k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
+    score = (q.to(dtype) @ k.transpose(-1, -2)) * _scale(q, scale)  # (B, Hq, Sq, Skv)
+    if softcap > 0:
+        score = softcap * torch.tanh(score / softcap)
+    p = _softmax(score, visible)
+    lse = score.masked_fill(~visible, -math.inf).logsumexp(-1)
+    return _dense_copy(p @ v_all, q), lse
+
+
+def flash_attn_eager(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention in eager torch, scores and weights rounded to the inputs' dtype: the error budget's yardstick."""
+    group = _group(q, k)
+    visible = _visible_mask(q.shape[2], k.shape[2], causal, window_left, window_right, q.device)
+    score = (q @ k.repeat_interleave(group, 1).transpose(-1, -2)) * _scale(q, scale)  # (B, Hq, Sq, Skv)
+    if softcap > 0:
+        score = softcap * torch.tanh(score / softcap)
+    p = _softmax(score.to(_arithmetic_dtype(q)), visible).to(q.dtype)
+    return _dense_copy(p @ v.repeat_interleave(group, 1), q)
+
+
+def flash_attn_bwd_reference(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = _arithmetic_dtype(q)
+    B, Hkv, Skv, D = k.shape
+    group, scale = _group(q, k), _scale(q, scale)
+    visible = _visible_mask(q.shape[2], Skv, causal, window_left, window_right, q.device)
+    q_all, dout_all = q.to(dtype), dout.to(dtype)
+    k_all, v_all = k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
+    score = (q_all @ k_all.transpose(-1, -2)) * scale
+    if softcap > 0:
+        capped = torch.tanh(score / softcap)
+        score = softcap * capped
+    # From the scores again, not from lse and out: in fp32 those would cost digits where softmax is nearly one-hot.
+    p = _softmax(score, visible)
+    dp = dout_all @ v_all.transpose(-1, -2)
+    dscore = torch.ops.aten._softmax_backward_data(dp, p, -1, dtype)  # p * (dp - sum(p * dp))
+    if softcap > 0:
+        dscore = dscore * (1 - capped * capped)
+    dscore = dscore * scale
+    dq = dscore @ k_all
+    dk = (dscore.transpose(-1, -2) @ q_all).view(B, Hkv, group, Skv, D).sum(2)
+    dv = (p.transpose(-1, -2) @ dout_all).view(B, Hkv, group, Skv, D).sum(2)
+    return tuple(
+        _dense_copy(gradient, x) if needed else x.new_empty(0)
+        for gradient, x, needed in zip((dq, dk, dv), (q, k, v), needs, strict=True)
+    )
+
+
+def _softmax(score: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Over the visible keys; zeros, with a zero gradient, where there are none."""
+    sees_any = visible.any(-1, keepdim=True)
+    # a query that sees nothing keeps its scores, so that softmax stays finite; its row is cleared after
+    return score.masked_fill(~visible & sees_any, -math.inf).softmax(-1) * sees_any
+
+
+def _visible_mask(
+    Sq: int, Skv: int, causal: bool, window_left: int, window_right: int, device: torch.device
+) -> torch.Tensor:
+    """(Sq, Skv) bool: may query i see key j?"""
+    left, right = _window(causal, window_left, window_right)
+    distance = torch.arange(Skv, device=device) - (torch.arange(Sq, device=device) + (Skv - Sq))[:, None]  # j - p(i)
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if right >= 0:
+        visible &= distance <= right
+    if left >= 0:
+        visible &= distance >= -left
+    return visible
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Launchers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def flash_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    out = _dense_like(q)
+    _forward(q, k, v, out, None, causal, scale, window_left, window_right, softcap)
+    return out
+
+
+def flash_attn_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = flash_attn_fwd_fake(q, k, v, causal, scale, window_left, window_right, softcap)
+    _forward(q, k, v, out, lse, causal, scale, window_left, window_right, softcap)
+    return out, lse
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> None:
+    left, right = _bounds(q.shape[2], k.shape[2], causal, window_left, window_right)
+    scale = _scale(q, scale)
+    if _takes_gluon(q, k, scale, softcap, left, right):
+        from . import hopper
+
+        hopper.forward(q, k, v, out, lse, scale, right == 0)
+    else:
+        triton_kernels.forward(q, k, v, out, lse, scale, softcap, left, right)
+
+
+def flash_attn_bwd(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = flash_attn_bwd_fake(dout, q, k, v, out, lse, causal, scale, window_left, window_right, softcap, needs)
+    left, right = _bounds(q.shape[2], k.shape[2], causal, window_left, window_right)
+    wanted = (x if needed else None for x, needed in zip((dq, dk, dv), needs, strict=True))
+    triton_kernels.backward(dout, q, k, v, out, lse, *wanted, _scale(q, scale), softcap, left, right)
+    return dq, dk, dv
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which kernels
+# --------------------------------------------------------------------------------------------------------------------
+
+_SETTING = "TORCH_TRITON_OPS_ATTENTION"
+_SETTINGS = ("auto", "triton", "gluon")
+_setting = os.environ.get(_SETTING, "auto")
+if _setting not in _SETTINGS:
+    raise ValueError(f"{_SETTING} is {_setting!r}; allowed: {', '.join(_SETTINGS)}")
+# Gluon's language and its compiler change from version to version: only what was tested runs.
+_GLUON_IS_TESTED = triton.__version__.startswith(("3.6.", "3.7."))
+
+
+def _takes_gluon(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float, left: int, right: int) -> bool:
+    """Whether the Hopper kernels take this call, by their limits and by the user's setting."""
+    if _setting == "triton":
+        return False
+    refusal = _gluon_refusal(q, k, scale, softcap, left, right)
+    if refusal is None and not _GLUON_IS_TESTED:
+        refusal = f"they are tested with triton 3.6 and 3.7, not with {triton.__version__}"
+        if _setting == "auto":
+            _warn_once(refusal)
+    if refusal is not None and _setting == "gluon":
+        raise RuntimeError(f"tt::flash_attn: {_SETTING}=gluon, but the Hopper kernels cannot run: {refusal}")
+    return refusal is None
+
+
+@functools.cache
+def _warn_once(refusal: str) -> None:
+    warnings.warn(f"tt::flash_attn runs its portable kernels, not the Hopper ones: {refusal}", stacklevel=2)
+
+
+def _gluon_refusal(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float, left: int, right: int) -> str | None:
+    """Why the Hopper kernels cannot compute this call; None if they can."""
+    D = q.shape[3]
+    if capability(q.device) != 90:
+        return f"they are written for compute capability 9.0 and {q.device} is another"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"they compute float16 and bfloat16, not {q.dtype}"
+    if D % 8 or D <= 32:  # TMA wants rows of a multiple of 16 bytes; small heads would be mostly padding
+        return f"they take head sizes from 40 to 256 that are multiples of 8, not {D}"
+    if scale <= 0:
+        return f"they take a scale > 0, not {scale}"  # they hide keys before scaling: -inf * scale must stay -inf
+    if softcap > 0 or left >= 0 or right > 0:
+        return "they have no windows and no softcap"
+    if k.shape[2] == 0:
+        return "TMA cannot describe empty keys"
+    return None
+
+
+def _window(causal: bool, window_left: int, window_right: int) -> tuple[int, int]:
+    """(left, right) with causal taken in; -1 where there is no bound."""
+    return window_left, 0 if causal else window_right
+
+
+def _bounds(Sq: int, Skv: int, causal: bool, window_left: int, window_right: int) -> tuple[int, int]:
+    """As `_window`, -1 also for a bound that cuts nothing off: what remains fits 32 bits and costs a mask only where needed."""
+    left, right = _window(causal, window_left, window_right)
+    return left if 0 <= left < Skv - 1 else -1, right if 0 <= right < Sq - 1 else -1
+
+
+def _group(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Query heads per key head."""
+    return q.shape[1] // k.shape[1] if k.shape[1] else 1
+
+
+def _scale(q: torch.Tensor, scale: float | None) -> float:
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
+def _arithmetic_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Outputs, and checks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _dense_like(x: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, shape and dtype of x (B, H, S, D), dense, heads and rows nested as in x. See the module's docstring."""
+    B, H, S, D = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((B, S, H, D)).transpose(1, 2)
+    return x.new_empty((B, H, S, D))
+
+
+def _dense_copy(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`value` in the dtype and memory layout of `_dense_like(x)`; differentiable."""
+    value = value.to(x.dtype)
+    return value.transpose(1, 2).contiguous().transpose(1, 2) if x.stride(1) < x.stride(2) else value.contiguous()
+
+
+def flash_attn_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _dense_like(q)
+
+
+def flash_attn_fwd_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _dense_like(q), q.new_empty(q.shape[:3], dtype=_arithmetic_dtype(q))
+
+
+def flash_attn_bwd_fake(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(_dense_like(x) if needed else x.new_empty(0) for x, needed in zip((q, k, v), needs, strict=True))
+
+
+def flash_attn_check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    def bad(argument: str, given: Any, allowed: str, error: type[Exception] = ValueError) -> NoReturn:
+        bad_argument("flash_attn", argument, given, allowed, error)
+
+    for name, option in (("alibi_slopes", alibi_slopes), ("attn_bias", attn_bias), ("sinks", sinks)):
+        if option is not None:
+            bad(name, "given", "None; this option is not implemented", NotImplementedError)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            bad(name, f"of shape {tuple(x.shape)}", "4 dimensions: (batch, heads, length, head size)")
+        if x.dtype != q.dtype:
+            bad(name, f"of dtype {x.dtype}", f"the dtype of q, {q.dtype}", TypeError)
+    B, Hq, _, D = q.shape
+    if not 16 <= D <= 256:
+        bad("q", f"of shape {tuple(q.shape)}", "a head size (the last dimension) from 16 to 256")
+    if k.shape[0] != B or k.shape[3] != D:
+        bad("k", f"of shape {tuple(k.shape)}", f"the batch and head size of q, ({B}, heads, length, {D})")
+    if v.shape != k.shape:
+        bad("v", f"of shape {tuple(v.shape)}", f"the shape of k, {tuple(k.shape)}")
+    Hkv = k.shape[1]
+    if Hq % Hkv if Hkv else Hq:
+        bad("k", f"of shape {tuple(k.shape)}", f"a number of heads that divides q's, {Hq}")
+    if scale is not None and not -math.inf < scale < math.inf:
+        bad("scale", scale, "a finite number, or None for 1 / sqrt(head size)")
+    for name, window in (("window_left", window_left), ("window_right", window_right)):
+        if window < -1:
+            bad(name, window, "a number of keys >= 0, or -1 for no bound")
+    if not 0 <= softcap < math.inf:
+        bad("softcap", softcap, "a finite number > 0, or 0 for none")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Gradient
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def flash_attn_forward(
+    ctx: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool = False,
+    scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    ctx.options = (causal, scale, window_left, window_right, softcap)
+    out, lse = torch.ops.tt.flash_attn_fwd(q, k, v, *ctx.options)
+    ctx.save_for_backward(q, k, v, out, lse)
+    return out
+
+
+def flash_attn_backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.ops.tt.flash_attn_bwd(dout, *ctx.saved_tensors, *ctx.options, ctx.needs)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Samples and cost
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def flash_attn_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    def qkv(B: int, Hq: int, Hkv: int, Sq: int, Skv: int, D: int) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.randn(B, H, S, D, device=device, dtype=dtype) for H, S in ((Hq, Sq), (Hkv, Skv), (Hkv, Skv)))
+
+    # id, (B, Hq, Hkv, Sq, Skv, D), options
+    for name, shape, options in [
+        ("one_query", (1, 1, 1, 1, 33, 16), {}),
+        ("square", (1, 2, 2, 64, 64, 32), {}),
+        ("odd", (2, 1, 1, 37, 91, 16), {}),
+        ("causal", (1, 2, 2, 130, 130, 32), {"causal": True}),
+        ("causal_long_q", (1, 1, 1, 70, 33, 16), {"causal": True}),  # the first 37 queries see nothing
+        ("causal_long_kv", (1, 1, 1, 33, 130, 16), {"causal": True}),
+        ("causal_one_query", (2, 2, 1, 1, 65, 16), {"causal": True}),
+        ("gqa", (2, 4, 2, 33, 47, 32), {"causal": True}),
+        ("mqa", (1, 3, 1, 40, 40, 16), {}),
+        ("D40", (1, 1, 1, 35, 50, 40), {"causal": True}),
+        ("D17", (1, 2, 1, 20, 33, 17), {}),
+        ("scale", (1, 1, 1, 40, 40, 16), {"scale": 0.3}),
+        ("scale_negative", (1, 1, 1, 40, 70, 16), {"scale": -0.1, "causal": True}),
+        ("scale_zero", (1, 1, 1, 40, 40, 16), {"scale": 0.0, "causal": True}),
+        ("window", (1, 2, 1, 130, 130, 16), {"window_left": 20, "window_right": 9}),
+        ("window_causal", (1, 1, 1, 100, 130, 16), {"window_left": 17, "causal": True}),
+        ("window_left_only", (1, 1, 1, 130, 100, 16), {"window_left": 0}),
+        ("window_right_only", (1, 1, 1, 70, 100, 16), {"window_right": 40}),
+        ("window_two_keys", (1, 1, 1, 40, 40, 16), {"window_left": 1, "window_right": 0}),
+        ("window_huge", (1, 1, 1, 40, 40, 16), {"window_left": 2**31 - 1, "window_right": 2**31 - 1}),
+        ("softcap", (1, 2, 1, 40, 70, 16), {"softcap": 2.0, "causal": True}),
+        ("softcap_window", (1, 1, 1, 66, 66, 16), {"softcap": 30.0, "window_left": 9}),
+        ("empty_batch", (0, 2, 1, 5, 7, 16), {}),
+        ("empty_q", (1, 2, 1, 0, 7, 16), {"causal": True}),
+        ("empty_kv", (1, 2, 1, 5, 0, 16), {}),
+        ("no_heads", (1, 0, 0, 5, 7, 16), {}),
+    ]:
+        yield Sample(name, qkv(*shape), options)
+    for name, shape, options in [
+        ("D64_causal", (2, 4, 4, 300, 300, 64), {"causal": True}),
+        ("D80", (1, 2, 1, 200, 257, 80), {}),
+        ("D96_gqa", (1, 4, 2, 257, 257, 96), {"causal": True}),
+        ("D128", (2, 4, 4, 384, 384, 128), {}),
+        ("D128_gqa_causal", (2, 8, 2, 515, 515, 128), {"causal": True}),
+        ("D128_window_softcap", (1, 4, 2, 700, 700, 128), {"causal": True, "window_left": 200, "softcap": 20.0}),
+        ("D192", (1, 2, 2, 190, 310, 192), {"causal": True}),
+        ("D256", (1, 4, 1, 320, 400, 256), {"causal": True}),
+    ]:
+        yield Sample(name, qkv(*shape), options, slow_in_interpreter=True)
+
+    B, H, S, D = 2, 3, 37, 16
+    transposed = [torch.randn(B, S, H, D, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
+    yield Sample("strides_bshd", tuple(transposed), {"causal": True})
+    packed = torch.randn(B, S, 3, H, D, device=device, dtype=dtype)
+    yield Sample("strides_packed_qkv", tuple(x.transpose(1, 2) for x in packed.unbind(2)), {"causal": True})
+    q, k, v = qkv(1, 2, 2, S, S, D)
+    # no expanded keys or values: equal rows make the true gradients 0, where only rounding is left to compare
+    yield Sample("strides_expanded", (q[:, :, :1].expand_as(q), k[:, :1].expand_as(k), v[:, :1].expand_as(v)))
+    wide = torch.randn(3, 1, 2, S + 1, 2 * D + 1, device=device, dtype=dtype)[:, :, :, 1:, 1 : D + 1]  # misaligned rows
+    yield Sample("strides_sliced", tuple(wide))
+    yield Sample("strides_last", tuple(x.mT.contiguous().mT for x in (q, k, v)))
+
+
+def flash_attn_error_samples(device: torch.device | str) -> Iterator[ErrorSample]:
+    q = torch.randn(2, 4, 5, 16, device=device)
+    k, v = torch.randn(2, 2, 2, 7, 16, device=device)
+    yield ErrorSample("rank", (q[0], k, v), match=r"flash_attn.*'q'.*\(4, 5, 16\).*4 dimensions")
+    yield ErrorSample("dtypes", (q, k, v.half()), error=TypeError, match="flash_attn.*'v'.*float16.*float32")
+    yield ErrorSample("head_size_small", (q[..., :8], k[..., :8], v[..., :8]), match="flash_attn.*'q'.*16 to 256")
+    wide = torch.randn(1, 1, 2, 257, device=device)
+    yield ErrorSample("head_size_large", (wide, wide, wide), match="flash_attn.*'q'.*257.*16 to 256")
+    yield ErrorSample("batch", (q[:1], k, v), match=r"flash_attn.*'k'.*\(2, 2, 7, 16\).*batch")
+    yield ErrorSample("k_v_shapes", (q, k, v[:, :, :6]), match=r"flash_attn.*'v'.*\(2, 2, 6, 16\).*\(2, 2, 7, 16\)")
+    yield ErrorSample("heads", (q[:, :3], k, v), match="flash_attn.*'k'.*divides q's, 3")
+    yield ErrorSample("no_key_heads", (q, k[:, :0], v[:, :0]), match="flash_attn.*'k'.*divides q's, 4")
+    yield ErrorSample("scale_nan", (q, k, v), {"scale": math.nan}, match="flash_attn.*'scale'.*nan.*finite")
+    yield ErrorSample("window_left", (q, k, v), {"window_left": -2}, match="flash_attn.*'window_left'.*-2.*>= 0")
+    yield ErrorSample("window_right", (q, k, v), {"window_right": -7}, match="flash_attn.*'window_right'.*-7.*>= 0")
+    yield ErrorSample("softcap", (q, k, v), {"softcap": -1.0}, match="flash_attn.*'softcap'.*-1.0")
+    for name, shape in (("alibi_slopes", (4,)), ("attn_bias", (2, 4, 5, 7)), ("sinks", (4,))):
+        options = {name: torch.ones(shape, device=device)}
+        yield ErrorSample(name, (q, k, v), options, NotImplementedError, f"flash_attn.*'{name}'.*not implemented")
+
+
+def flash_attn_bench_cases() -> Iterator[BenchCase]:
+    for B, Hq, Hkv, S, D, causal in [
+        (4, 32, 32, 4096, 128, False),
+        (4, 32, 32, 4096, 128, True),
+        (4, 32, 8, 4096, 128, True),
+        (1, 32, 8, 16384, 128, True),
+        (16, 32, 32, 1024, 128, True),
+        (4, 32, 32, 4096, 64, True),
+        (32, 16, 16, 512, 64, False),
+        (2, 16, 16, 8192, 256, True),
+    ]:
+
+        def make(
+            device: torch.device | str,
+            dtype: torch.dtype,
+            sizes: tuple[tuple[int, ...], ...] = ((B, Hq, S, D), (B, Hkv, S, D), (B, Hkv, S, D)),
+            causal: bool = causal,
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return tuple(torch.randn(size, device=device, dtype=dtype) for size in sizes), {"causal": causal}
+
+        heads = f"h{Hq}" if Hq == Hkv else f"h{Hq}/{Hkv}"
+        yield BenchCase(f"b{B}_{heads}_s{S}_d{D}_{'causal' if causal else 'full'}", make, passes=("fwd", "bwd"))
+
+
+def flash_attn_cost(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> Cost:
+    B, H, Sq, D = q.shape
+    flops = 4 * B * H * D * _visible_pairs(Sq, k.shape[2], causal, window_left, window_right)
+    forward = 2 * q.numel() + k.numel() + v.numel()  # q, k, v; out
+    backward = 4 * q.numel() + 2 * (k.numel() + v.numel())  # q, k, v, out, dout; dq, dk, dv
+    itemsize = q.element_size()
+    return Cost(flops, forward * itemsize, flops * 5 // 2, backward * itemsize)
+
+
+def _visible_pairs(Sq: int, Skv: int, causal: bool, window_left: int, window_right: int) -> int:
+    """How many pairs (query, key) see each other."""
+    left, right = _window(causal, window_left, window_right)
+
+    def below(n: int) -> int:
+        """Sum of min(t, Skv) for 0 <= t < n."""
+        n = max(n, 0)
+        ramp = min(n, Skv + 1)
+        return ramp * (ramp - 1) // 2 + (n - ramp) * Skv
+
+    def keys_before(shift: int) -> int:
+        """How many pairs (i, j) have j < p(i) + shift."""
+        return below(Skv + shift) - below(Skv - Sq + shift)
+
+    pairs = keys_before(right + 1) if right >= 0 else Sq * Skv
+    return pairs - keys_before(-left) if left >= 0 else pairs
