@@ -500,6 +500,7 @@ def _hook_builder(watch: _Watch) -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    np.seterr(all="ignore")  # 1 / 0 is inf on a GPU, without a word
     builder = interpreter.interpreter_builder
     load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
     rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas

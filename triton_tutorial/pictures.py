@@ -17,6 +17,8 @@ from triton_tutorial.interpreted import Access, LaunchTrace
 Program = tuple[int, int, int]
 VIEWS = ("program", "step", "touches")
 MAX_ELEMENTS = 16384  # of one tensor: cells smaller than that cannot be seen
+TRIED_SAMPLES = 8  # of an op, to find one with a few programs
+MAX_ROWS = 64  # of one tensor, where its shape leaves the choice
 
 _UNTOUCHED, _GRID, _WRONG = "#eef0f3", "#ffffff", "#b00020"
 _VERBS = {"load": "read", "store": "written", "atomic": "updated"}
@@ -162,10 +164,21 @@ def draw_op(op: str, path: str | Path, dtype: Any = None) -> str:
     def elements(sample: Any) -> int:
         return max((a.numel() for a in sample.args if isinstance(a, torch.Tensor)), default=0)
 
-    small = [s for s in samples if 0 < elements(s) <= 1024 and not s.slow_in_interpreter] or samples
-    sample = max(small, key=elements)
-    with interpreted.tracing() as traces, torch.no_grad():
-        interpreted.call_op(name, *sample.args, **sample.kwargs)
+    def plain(sample: Any) -> bool:
+        return all(a.is_contiguous() for a in sample.args if isinstance(a, torch.Tensor))
+
+    small = [s for s in samples if 0 < elements(s) <= 1024 and not s.slow_in_interpreter] or samples[:1]
+    small.sort(key=lambda s: (plain(s), elements(s)), reverse=True)
+    best: tuple[int, Any, list[LaunchTrace]] | None = None
+    for sample in small[:TRIED_SAMPLES]:
+        with interpreted.tracing() as traces, torch.no_grad():
+            interpreted.call_op(name, *sample.args, **sample.kwargs)
+        programs = len({access.program for trace in traces[:1] for access in trace.accesses})
+        if programs and (best is None or best[0] < programs <= 12 or best[0] > 12 > programs > 1):
+            best = (programs, sample, traces)
+    if best is None:
+        raise ValueError(f"tt::{name} launches no kernel on its small samples")
+    _, sample, traces = best
     draw(traces, path, f"tt::{name}, {sample.id}: {traces[0].kernel}, grid {_tuple(traces[0].grid)}")
     return describe(traces)
 
@@ -178,9 +191,15 @@ def _panel(trace: LaunchTrace, name: str, view: str, focus: Program, columns: in
     accesses = [a for a in trace.accesses if a.tensor == name]
     inner = [s for n, s in zip(shape, strides, strict=True) if n > 1 and s > 1]
     if inner and 2 <= min(inner) <= 128:
-        columns = min(inner)
+        columns = min(inner)  # a row of the picture is a row of the matrix
+        rows = MAX_ROWS if columns >= 12 else MAX_ROWS // 3
+        if numel > rows * columns:  # or several
+            columns *= max(1, min(-(-numel // (columns * rows)), 128 // columns))
     elif numel < columns:
         columns = numel
+    else:
+        while numel > MAX_ROWS * columns and columns < 128:
+            columns *= 2
     touched: dict[int, dict[Any, int]] = {}
     off: dict[int, Any] = {}
     step = 0
@@ -192,7 +211,7 @@ def _panel(trace: LaunchTrace, name: str, view: str, focus: Program, columns: in
             counts = touched.setdefault(element, {})
             counts[key] = counts.get(key, 0) + 1
         for element in access.masked.tolist():
-            if numel <= element < numel + 4 * columns and view == "program":
+            if numel <= element < numel + columns and view == "program":
                 off.setdefault(element, access.program)
         step += 1
     wrong = {e for e in touched if not 0 <= e < numel}
@@ -216,7 +235,7 @@ def _paint(
     from triton_tutorial import charts
 
     plt = charts.style()
-    values = sorted({key for panel in panels for key in panel.keys.values()})
+    values = sorted({key for panel in panels for key in panel.keys.values()}, key=lambda key: (len(key), key))
     colour = _colours(values, view)
     side_by_side = sum(p.columns for p in panels) <= 200 and max(p.rows for p in panels) > 8
     widest, tallest = max(p.columns for p in panels), max(p.rows for p in panels)
@@ -244,8 +263,10 @@ def _paint(
         **grid,
     )
     for panel, ax in zip(panels, axes.ravel(), strict=True):
+        ax.set_anchor("NW")
         _paint_panel(ax, panel, colour, trace, view, cell)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    size = min(13.0, 72 * width / (0.66 * len(title)))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=size, fontweight="bold")
     if handles:
         figure.legend(
             handles=handles,
@@ -282,7 +303,7 @@ def _paint_panel(
     ax.tick_params(which="both", length=0, labelsize=8, colors=charts.MUTED, pad=2)
     for spine in ax.spines.values():
         spine.set_visible(False)
-    every = max(1, -(-panel.rows // max(1, int(panel.rows * cell / 0.3))))
+    every = next(g for g in (1, 2, 4, 8, 16, 32, 64) if g * cell > 0.18)
     ax.set_yticks(range(0, panel.rows, every), [str(r * panel.columns) for r in range(0, panel.rows, every)])
     gap = next(g for g in (1, 2, 4, 8, 16, 32, 64, 128) if g * cell > 0.42)
     ax.set_xticks(range(0, panel.columns, gap), [f"+{c}" if c else "0" for c in range(0, panel.columns, gap)])
@@ -303,12 +324,14 @@ def _paint_panel(
     if view == "touches":
         return
     for key in dict.fromkeys(panel.keys.values()):
-        _label_region(ax, panel, key, _key_name(key, trace, view), cell)
+        _label_region(ax, panel, key, _key_name(key, trace, view), cell, colour(key))
 
 
-def _label_region(ax: Any, panel: _Panel, key: Any, text: str, cell: float) -> None:
+def _label_region(ax: Any, panel: _Panel, key: Any, text: str, cell: float, colour: Any) -> None:
     """The name of what touches a region, in the middle of it, if the region is one rectangle that can hold it."""
     import numpy as np
+    from matplotlib.colors import to_rgb
+    from matplotlib.patheffects import withStroke
 
     cells = np.array([divmod(e, panel.columns) for e, k in panel.keys.items() if k == key])
     (top, left), (bottom, right) = cells.min(axis=0), cells.max(axis=0)
@@ -321,7 +344,12 @@ def _label_region(ax: Any, panel: _Panel, key: Any, text: str, cell: float) -> N
     wide, high = (right - left + 1) * cell * 72, (bottom - top + 1) * cell * 72
     size = min(10.0, 0.72 * high, wide / (0.62 * len(text)))
     if size >= 5:
-        ax.text((left + right) / 2, (top + bottom) / 2, text, ha="center", va="center", fontsize=size, color="white")
+        red, green, blue = to_rgb(colour)
+        ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.62 else "#1f2933"
+        label = ax.text(
+            (left + right) / 2, (top + bottom) / 2, text, ha="center", va="center", fontsize=size, color=ink
+        )
+        label.set_path_effects([withStroke(linewidth=3, foreground=colour)])  # no grid line through a letter
 
 
 def _key_name(key: tuple[Any, ...], trace: LaunchTrace, view: str) -> str:
@@ -337,30 +365,43 @@ def _key_name(key: tuple[Any, ...], trace: LaunchTrace, view: str) -> str:
 
 def _colours(values: Sequence[Any], view: str) -> Callable[[Any], Any]:
     from matplotlib import colormaps
+    from matplotlib.colors import to_rgb
 
-    from triton_tutorial.charts import PALETTE
+    from triton_tutorial.charts import MUTED, PALETTE
 
-    if view == "program" and len(values) <= len(PALETTE):
-        table = dict(zip(values, PALETTE, strict=False))
-        return lambda key: table.get(key, "#66727f")
     scale = colormaps["viridis"]
-    if view == "program":
-        # neighbours far apart: by the golden ratio, over the part of the scale that carries white text
-        table = {v: scale(0.78 * ((0.618034 * i) % 1.0)) for i, v in enumerate(values)}
-        return lambda key: table.get(key, "#66727f")
-    top = max(1, max(v[0] for v in values))
-    low = min(v[0] for v in values)
-    return lambda key: scale(0.08 + 0.74 * (key[0] - low) / max(1, top - low))
+    if view != "program":
+        low, top = min(v[0] for v in values), max(v[0] for v in values)
+        return lambda key: scale(0.12 + 0.74 * (key[0] - low) / max(1, top - low))
+    if len(values) <= len(PALETTE):
+        table = dict(zip(values, PALETTE, strict=False))
+        return lambda key: table[key]
+    programs = {program for key in values for program in key}
+    rows, columns = (sorted({program[axis] for program in programs}) for axis in (0, 1))
+    if 1 < len(rows) <= len(PALETTE) and 1 < len(columns) and all(program[2] == 0 for program in programs):
+        # a grid of two dimensions: the hue says the first id, the lightness the second, grey that it is every first id
+
+        def shade(key: Any) -> Any:
+            first, second = {p[0] for p in key}, {p[1] for p in key}
+            base = to_rgb(PALETTE[rows.index(min(first))] if len(first) == 1 else MUTED)
+            white = 0.6 * columns.index(min(second)) / (len(columns) - 1) if len(second) == 1 else 0.0
+            return tuple(c + (1 - c) * white for c in base)
+
+        return shade
+    # neighbours far apart, by the golden ratio, over the part of the scale that is not too light
+    table = {v: scale(0.05 + 0.8 * ((0.618034 * i) % 1.0)) for i, v in enumerate(values)}
+    return lambda key: table[key]
 
 
 def _legend(
     values: Sequence[Any], colour: Callable[[Any], Any], trace: LaunchTrace, view: str, patch: Any
 ) -> list[Any]:
-    shown = values if len(values) <= 12 else []
+    shown = [key for key in values if view != "program" or len(key) == 1]  # the others carry their names
+    shown = shown if len(shown) <= 12 else []
     word = {"program": "program ", "step": "access ", "touches": "touched "}[view]
     handles = []
     for key in shown:
         name = f"{key[0]} times" if view == "touches" else _key_name(key, trace, view)
-        label = name if name.endswith("programs") else f"{word}{name}"
-        handles.append(patch(facecolor=colour(key), label=label.replace("touched 1 times", "touched once")))
+        label = f"{word}{name}".replace("touched 1 times", "touched once")
+        handles.append(patch(facecolor=colour(key), label=label))
     return handles
