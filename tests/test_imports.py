@@ -19,6 +19,7 @@ import torch_triton_ops
 PACKAGE = Path(torch_triton_ops.__file__).resolve().parent
 NAME = "torch_triton_ops"
 FOUNDATION = ("launch", "cases", "errors")
+FAMILIES = ("elementwise", "fusion", "reductions")  # what the ops of one family share
 OUTSIDE = ("tests", "bench", "tutorials", "examples")
 # CPU seconds above `import torch`. Measured 0.05; the rest is for a slow machine.
 IMPORT_BUDGET = 0.15
@@ -80,12 +81,17 @@ def test_foundation_knows_nothing_of_the_package(module: str) -> None:
     assert own(module) == set()
 
 
+@pytest.mark.parametrize("module", [m for m in FAMILIES if m in modules()])
+def test_family_imports_the_foundation_only(module: str) -> None:
+    assert own(module) <= set(FOUNDATION)
+
+
 @pytest.mark.parametrize("module", [m for m in modules() if m.startswith("ops.")])
-def test_op_imports_the_foundation_only(module: str) -> None:
+def test_op_imports_the_foundation_and_a_family_only(module: str) -> None:
     """Another op is reached through torch.ops.tt."""
     folder = module.rpartition(".")[0]  # an op that outgrew one file is a folder: its files may import each other
     siblings = {m for m in modules() if folder != "ops" and m.startswith(f"{folder}.")} | ({folder} - {"ops"})
-    assert own(module) - siblings <= set(FOUNDATION)
+    assert own(module) - siblings <= {*FOUNDATION, *FAMILIES}
 
 
 @pytest.mark.parametrize("module", modules())
