@@ -135,6 +135,21 @@ def find(op: str, ours: Function, reference: Function, names: tuple[str, ...]) -
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@_peer("sum", "eager")
+def _sum_eager() -> Function:
+    return torch.sum
+
+
+@_peer("mean", "eager")
+def _mean_eager() -> Function:
+    return torch.mean
+
+
+@_peer("cumsum", "eager")
+def _cumsum_eager() -> Function:
+    return torch.cumsum
+
+
 @_peer("vector_add", "eager")
 def _vector_add_eager() -> Function:
     return lambda x, y: x + y

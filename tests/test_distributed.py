@@ -70,6 +70,13 @@ def cases() -> Iterator[Case]:
     yield Case("cast_S0", "cast", lambda: (randn(4, 6), torch.float16), "S0 -", "S0")
     yield Case("transpose_S0", "transpose", lambda: (randn(4, 6, 8), 0, -1), "S0 - -", "S2")
     yield Case("transpose_S1", "transpose", lambda: (randn(4, 6, 8), 0, -1), "S1 - -", "S1")
+    row = lambda: (randn(4, 6), randn(6))
+    yield Case("mul_row_S0", "mul", row, "S0 R", "S0")
+    yield Case("mul_row_S1", "mul", row, "S1 S0", "S1")
+    yield Case("add_column_S1", "add", lambda: (randn(4, 6), randn(4, 1)), "S1 R", "S1")
+    yield Case("maximum_frozen", "maximum", lambda: (randn(4, 6), torch.randn(6)), "S0 R", "S0")
+    mask = lambda: (randn(4, 6), torch.randn(6) > 0, -1.0)
+    yield Case("masked_fill_S0", "masked_fill", mask, "S0 R R", "S0")
     norm = lambda: (randn(4, 6, 8), randn(8))
     yield Case("rms_norm_S0", "rms_norm", norm, "S0 R", "S0")
     yield Case("rms_norm_S1", "rms_norm", norm, "S1 R", "S1")
@@ -81,6 +88,16 @@ def cases() -> Iterator[Case]:
     yield Case("softmax_S0", "softmax", lambda: (randn(4, 6),), "S0", "S0")
     yield Case("softmax_dim0_S1", "softmax", lambda: (randn(4, 6),), "S1", "S1", {"dim": 0})
     yield Case("softmax_dim0_S0", "softmax", lambda: (randn(4, 6),), "S0", "?", {"dim": 0}, local=False)
+    cube = lambda: (randn(4, 6, 2),)
+    yield Case("sum_kept", "sum", cube, "S1", "S0", {"dim": [0, 2]})
+    yield Case("sum_reduced", "sum", cube, "S0", "P", {"dim": [0, 2], "keepdim": True})
+    yield Case("mean_keepdim", "mean", cube, "S1", "S1", {"dim": [-1], "keepdim": True})
+    yield Case("mean_all", "mean", cube, "S0", "?")
+    yield Case("amax_kept", "amax", cube, "S2", "S1", {"dim": [1]})
+    # local in the forward; the gradient needs the whole minimum
+    yield Case("amin_all", "amin", cube, "S0", "?", local=False)
+    yield Case("argmax_kept", "argmax", lambda: (torch.randn(4, 6),), "S0", "S0", {"dim": 1})
+    yield Case("cumsum_S0", "cumsum", lambda: (randn(4, 6),), "S0", "S0", {"dim": 1})
     yield Case("rope_batch", "rope", rotary(6, 4), "S0 S0 R R", "S0 S0")
     yield Case("rope_heads", "rope", rotary(6, 4), "S1 S1 R R", "S1 S1")
     yield Case("rope_table_for_all_batches", "rope", rotary(1, 6, 8), "S0 S0 R R", "S0 S0")
@@ -160,6 +177,8 @@ def run_case(case: Case, mesh: Any) -> str | None:
         torch.testing.assert_close(c.full_tensor(), a)
         if b.placements != c.placements:
             return f"without autograd placed {c.placements}, with it {b.placements}"
+    if not want[0].is_floating_point():  # no gradient
+        return f"communicates: {forward.get_total_counts()}" if forward.get_total_counts() else None
     upstream = [torch.randn_like(out) for out in want]
     wanted = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
     asked = [arg for arg in placed if isinstance(arg, DTensor) and arg.requires_grad]

@@ -107,12 +107,19 @@ def _divide(call: _Call, dim: int, size: int, replicated: Sequence[str] = ()) ->
 
 
 def _elementwise(call: _Call) -> Iterator[_Placements]:
-    """Tensors of one shape: any dimension."""
-    shape = next(iter(call.inputs.values()))
+    """Tensors that broadcast: any dimension of the result. What is broadcast along it is whole on every rank."""
+    from torch.distributed.tensor import Shard
+
+    shape = torch.broadcast_shapes(*call.inputs.values())
+    if any(call.outputs[name] != shape and not _is_empty(call.outputs[name]) for name in call.outputs):
+        return
     for dim, size in enumerate(shape):
-        found = _divide(call, dim, size)
-        if found is not None and all(s == shape or _is_empty(s) for s in call.tensors.values()):
-            yield found
+        placements: _Placements = {}
+        for name, own in call.tensors.items():
+            at = dim - (len(shape) - len(own))
+            if at >= 0 and own[at] == size and not (name in call.outputs and _is_empty(own)):
+                placements[name] = Shard(at)
+        yield placements
 
 
 def _transposed(call: _Call) -> Iterator[_Placements]:
@@ -140,6 +147,28 @@ def _rowwise(call: _Call) -> Iterator[_Placements]:
             found = _divide(call, dim, size, PARAMETERS)
             if found is not None:
                 yield found
+
+
+def _reduction(call: _Call) -> Iterator[_Placements]:
+    """Every dimension that is kept; and those that are reduced, where parts of the result make the whole."""
+    from torch.distributed.tensor import Partial, Shard
+
+    shape = call.inputs["x"]
+    given = call.option("dim")
+    listed = [] if given is None else [given] if isinstance(given, int) else list(given)
+    reduced = {d % len(shape) for d in listed} if shape else set()
+    reduced = reduced or set(range(len(shape)))
+    kept = [d for d in range(len(shape)) if d not in reduced]
+    results = [name for name in call.tensors if name not in ("x", "dx")]  # of the result's shape
+    for dim in kept:
+        at = dim if call.option("keepdim") else kept.index(dim)
+        wide = [name for name in call.tensors if name in ("x", "dx")]
+        yield dict.fromkeys(wide, Shard(dim)) | dict.fromkeys(results, Shard(at))
+    parts = {"sum": "sum", "mean": "avg", "amax": "max", "amin": "min"}.get(call.decl.name)
+    for dim in reduced if parts else ():
+        # ranks have elements, and a mean as many each
+        if parts == "sum" or shape[dim] % call.ranks(["x"], dim) == 0:
+            yield {"x": Shard(dim)} | dict.fromkeys(results, Partial(parts))
 
 
 def _batch_and_heads(call: _Call) -> Iterator[_Placements]:
@@ -237,6 +266,7 @@ RULES: dict[str, _Rule] = {
     "elementwise": _elementwise,
     "transposed": _transposed,
     "rowwise": _rowwise,
+    "reduction": _reduction,
     "batch_and_heads": _batch_and_heads,
     "cross_entropy": _cross_entropy,
     "linear": _linear,
