@@ -75,6 +75,10 @@ def cases() -> Iterator[Case]:
     yield Case("mul_row_S1", "mul", row, "S1 S0", "S1")
     yield Case("add_column_S1", "add", lambda: (randn(4, 6), randn(4, 1)), "S1 R", "S1")
     yield Case("maximum_frozen", "maximum", lambda: (randn(4, 6), torch.randn(6)), "S0 R", "S0")
+    for name in ("sub", "div", "minimum"):
+        yield Case(f"{name}_row", name, row, "S0 R", "S0")
+    for name in ("relu", "sigmoid", "tanh", "exp", "silu", "gelu"):
+        yield Case(f"{name}_S1", name, lambda: (randn(4, 6),), "S1", "S1")
     mask = lambda: (randn(4, 6), torch.randn(6) > 0, -1.0)
     yield Case("masked_fill_S0", "masked_fill", mask, "S0 R R", "S0")
     norm = lambda: (randn(4, 6, 8), randn(8))
@@ -86,6 +90,7 @@ def cases() -> Iterator[Case]:
     yield Case("rms_norm_frozen_x", "rms_norm", lambda: (torch.randn(4, 8), randn(8)), "S0 R", "S0")
     yield Case("rms_norm_along_rows", "rms_norm", norm, "S2 R", "?", local=False)
     yield Case("softmax_S0", "softmax", lambda: (randn(4, 6),), "S0", "S0")
+    yield Case("log_softmax_S0", "log_softmax", lambda: (randn(4, 6),), "S0", "S0")
     yield Case("softmax_dim0_S1", "softmax", lambda: (randn(4, 6),), "S1", "S1", {"dim": 0})
     yield Case("softmax_dim0_S0", "softmax", lambda: (randn(4, 6),), "S0", "?", {"dim": 0}, local=False)
     cube = lambda: (randn(4, 6, 2),)
