@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def bars(
 
 
 def lines(
-    series: dict[str, Sequence[tuple[str, float]]],
+    series: Mapping[str, Sequence[tuple[str, float]]],
     header: Row,
     title: str,
     path: Path,
@@ -98,6 +98,10 @@ def lines(
     plt = style()
     figure, axes = plt.subplots(figsize=(8.2, 4.6), layout="constrained")
     ticks = list(dict.fromkeys(case for points in series.values() for case, _ in points))
+    ours = [name for name in series if name not in baselines]
+    hues = dict(
+        zip(reversed(ours), PALETTE * (1 + len(ours) // len(PALETTE)), strict=False)
+    )  # the last one, the best, is red
     for i, (name, points) in enumerate(series.items()):
         xs, ys = [ticks.index(case) for case, _ in points], [value for _, value in points]
         dashed = name in baselines
@@ -105,7 +109,7 @@ def lines(
             xs,
             ys,
             label=name,
-            color=MUTED if dashed and len(baselines) == 1 else PALETTE[i % len(PALETTE)],
+            color=hues.get(name, (MUTED, INK, OTHERS)[i % 3]),
             linestyle=(0, (5, 2)) if dashed else "-",
             marker="o",
             markersize=4.5,

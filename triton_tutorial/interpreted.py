@@ -70,13 +70,16 @@ class Stray:
     lanes: int
     file: str
     line: int
+    source: str = ""
+    dims: int = 3  # of the grid
 
     def __str__(self) -> str:
         verb = {"load": "reads", "store": "writes"}.get(self.kind, "updates")
-        source = linecache.getline(self.file, self.line).strip()
+        ids = self.program[: self.dims]
+        program = f"({', '.join(map(str, ids))})" if len(ids) > 1 else f"{ids[0]}"
         return (
-            f"program {self.program} {verb} element {self.element} of {self.tensor}, which has {self.numel}"
-            f" ({self.lanes} such lane{'s' * (self.lanes != 1)}); {os.path.basename(self.file)}:{self.line}: {source}"
+            f"program {program} {verb} element {self.element} of {self.tensor}, which has {self.numel}"
+            f" ({self.lanes} such lane{'s' * (self.lanes != 1)}); {os.path.basename(self.file)}:{self.line}: {self.source}"
         )
 
 
@@ -129,7 +132,8 @@ def install() -> None:
     compiled_run = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        device = next((_tensor_of(a).device.type for a in (*args, *kwargs.values()) if _tensor_of(a) is not None), "")
+        tensors = map(_tensor_of, (*args, *kwargs.values()))
+        device = next((t.device.type for t in tensors if t is not None), "")
         if device not in ("cpu", "meta") or warmup:
             return compiled_run(self, *args, grid=grid, warmup=warmup, **kwargs)
         options = {k: kwargs.pop(k) for k in OPTIONS if kwargs.get(k) is not None}
@@ -451,10 +455,21 @@ class _Watch:
         size = tensor.element_size()
         outside = self.outside(active, size) if active.min() < low or active.max() + size > high else active[:0]
         if outside.size:
-            element = int((outside[0] - low) // size)
-            numel = (high - low) // size
-            stray = (self.traces[-1].kernel, program, kind, name, numel, element, int(outside.size), self.file)
-            self.strays.append(Stray(*stray, self.line()))
+            trace, line = self.traces[-1], self.line()
+            stray = Stray(
+                kernel=trace.kernel,
+                program=program,  # type: ignore[arg-type]
+                kind=kind,
+                tensor=name,
+                numel=(high - low) // size,
+                element=int((outside[0] - low) // size),
+                lanes=int(outside.size),
+                file=re.sub(r" \(\d+\)$", "", self.file),
+                line=line,
+                source=linecache.getline(self.file, line).strip(),
+                dims=len(trace.grid),
+            )
+            self.strays.append(stray)
             if outside.min() < low - GUARD or outside.max() + size > high + GUARD:
                 raise IndexError(str(self.strays[-1]))
         if self.keep:
@@ -564,7 +579,7 @@ class _Kernels:
 
     def __init__(self) -> None:
         self.known: dict[Any, Any] = {}
-        self.lines: dict[str, list[str]] = {}  # what is known of each file, by line
+        self.lines: dict[str, dict[int, str]] = {}  # file -> what is known of it, by line
 
     def define(self, spec: dict[str, Any], family: dict[str, Any] | None = None) -> Any:
         import triton
@@ -574,19 +589,8 @@ class _Kernels:
             return family[spec["again"]]
         key = repr(spec)
         if key not in self.known:
-            # blank lines put the definition on its line of the file, for messages
+            file = self.place(spec["file"], spec["line"], spec["source"])
             text = "\n" * (spec["line"] - 1) + spec["source"]
-            file = spec["file"]
-            lines = text.splitlines(keepends=True)
-            before = self.lines.setdefault(file, [])
-            lines = [
-                *(
-                    b if b.strip() and not a.strip() else a
-                    for a, b in itertools.zip_longest(lines, before, fillvalue="")
-                )
-            ]
-            self.lines[file] = lines
-            linecache.cache[file] = (len(text), None, lines, file)
             scope: dict[str, Any] = {"__name__": "kernel", "__builtins__": builtins}
             scope |= {n: self.value(p, family) for n, p in spec["globals"].items() if p[0] != "kernel"}
             exec(compile(text, file, "exec"), scope)
@@ -594,6 +598,20 @@ class _Kernels:
             scope |= {n: self.value(p, family) for n, p in spec["globals"].items() if p[0] == "kernel"}
             scope[spec["name"]] = self.known[key]
         return self.known[key]
+
+    def place(self, file: str, first: int, source: str) -> str:
+        """Put a definition on its lines of the file, where `inspect` and messages find it; the name of the file.
+
+        Cells of a notebook and an edited file give the same lines to different texts: then the name gets a number.
+        """
+        new = dict(enumerate(source.splitlines(keepends=True), first))
+        names = itertools.chain([file], (f"{file} ({n})" for n in itertools.count(2)))
+        name = next(n for n in names if all(self.lines.get(n, {}).get(k, v) == v for k, v in new.items()))
+        known = self.lines.setdefault(name, {})
+        known |= new
+        lines = [known.get(k, "\n") for k in range(1, max(known) + 1)]
+        linecache.cache[name] = (sum(map(len, lines)), None, lines, name)
+        return name
 
     def value(self, packed: tuple[Any, ...], family: dict[str, Any]) -> Any:
         import importlib

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import datetime
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -249,7 +250,7 @@ class Lesson:
 
         def prepare() -> list[Callable[[], Sequence[torch.Tensor]]]:
             each = [calls() for _ in range(sets)]
-            return [lambda call=call: _tensors(call()) for call in each]
+            return [functools.partial(_outputs, call) for call in each]
 
         rounds, budget = (7, 20.0) if self.options.bench else (3, 10.0)
         timer, reason = timing.make_timer(prepare, budget)
@@ -475,7 +476,7 @@ class Problem:
         self.check, self.bytes, self.flops, self.rtol, self.atol = list(check), bytes, flops, rtol, atol
         self.timed = dict(timed) if isinstance(timed, Mapping) else {_label(case): case for case in timed}
         self.sources: list[list[str]] = []
-        self.names: list[str] = []
+        self.names: dict[int, str] = {}  # of the kernels by position, of the launcher at -1
         self.own_rows: list[Row] = []
 
     # -- correctness ----------------------------------------------------------------------------------------------------
@@ -565,15 +566,15 @@ class Problem:
         return f"{name}: " + ", ".join(parts)
 
     def _show_change(self, name: str, function: Callable[..., Any], kernels: Sequence[Any], note: str) -> int:
-        functions = [k.fn if hasattr(k, "fn") else k for k in (*kernels, function)]
+        functions = {i: k.fn if hasattr(k, "fn") else k for i, k in enumerate(kernels)} | {-1: function}
         source: list[str] = []
-        for i, f in enumerate(functions):
-            text = textwrap.dedent(inspect.getsource(inspect.unwrap(f)))
+        for place, f in functions.items():
             # a new name for the same thing is no change: shown under the first rung's names, without their "_v0"
-            if len(self.names) <= i:
-                self.names.append(re.sub(r"_v\d+$", "", f.__name__))
-            for old, new in zip([g.__name__ for g in functions], self.names, strict=False):
-                text = re.sub(rf"\b{re.escape(old)}\b", new, text)
+            self.names.setdefault(place, re.sub(r"_v\d+$", "", f.__name__))
+        for f in functions.values():
+            text = textwrap.dedent(inspect.getsource(inspect.unwrap(f)))
+            for place, g in functions.items():
+                text = re.sub(rf"\b{re.escape(g.__name__)}\b", self.names[place], text)
             source += [*text.rstrip().splitlines(), ""]
         before = self.sources[-1] if self.sources else None
         self.sources.append(source)
@@ -1015,6 +1016,10 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [t for t in value if isinstance(t, torch.Tensor)] if isinstance(value, (tuple, list)) else []
 
 
+def _outputs(call: Callable[[], Any]) -> list[torch.Tensor]:
+    return _tensors(call())
+
+
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
@@ -1048,7 +1053,7 @@ def _label(case: Sequence[Any]) -> str:
     """(1024, 64) -> "1024x64"; (2**27,) -> "2^27"."""
     parts = []
     for item in case:
-        power = isinstance(item, int) and item >= 2**15 and item & (item - 1) == 0 and len(case) == 1
+        power = isinstance(item, int) and item >= 2**10 and item & (item - 1) == 0 and len(case) == 1
         text = f"2^{item.bit_length() - 1}" if power else str(item).removeprefix("torch.")
         parts.append(text)
     return "x".join(parts)

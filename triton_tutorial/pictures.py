@@ -378,7 +378,7 @@ def _colours(values: Sequence[Any], view: str) -> Callable[[Any], Any]:
         return lambda key: table[key]
     programs = {program for key in values for program in key}
     rows, columns = (sorted({program[axis] for program in programs}) for axis in (0, 1))
-    if 1 < len(rows) <= len(PALETTE) and 1 < len(columns) and all(program[2] == 0 for program in programs):
+    if 1 < len(rows) <= len(PALETTE) and len(columns) > 1 and all(program[2] == 0 for program in programs):
         # a grid of two dimensions: the hue says the first id, the lightness the second, grey that it is every first id
 
         def shade(key: Any) -> Any:

@@ -18,7 +18,7 @@ def saxpy_kernel(x_ptr, y_ptr, out_ptr, N, A: tl.constexpr, BLOCK_N: tl.constexp
     x = tl.load(x_ptr + offs_n, mask=mask_n)
     y = tl.load(y_ptr + offs_n, mask=mask_n)
     # TODO(ex2): a * x + y
-    out = y
+    out = x + y
     tl.store(out_ptr + offs_n, out, mask=mask_n)
 
 

@@ -11,9 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def double_kernel(x_ptr, out_ptr, N, BLOCK_N: tl.constexpr, PER_PROGRAM: tl.constexpr):
-    pid = tl.program_id(0)
     for i in range(PER_PROGRAM):
-        # TODO(ex3): where does block i of program pid begin? No two programs may share a block, and none may be left out.
+        # TODO(ex3): where does block i of this program begin? No two programs may share a block, and none may be left out.
         start = i * BLOCK_N
         offs_n = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
         mask_n = offs_n < N
