@@ -1,0 +1,17 @@
+# fails: sectors\(stride=9, itemsize=4, first=0\) is 36; .* 32
+"""Exercise 2. Sectors.
+
+A warp's 32 lanes load one element each: lane i the element `first + i * stride`, counted from an address that is a
+multiple of 32 bytes. Memory is fetched in sectors of 32 bytes. How many sectors is that?
+
+`sectors(stride, itemsize, first)` is right where nothing is wasted. Make it right for every stride (0 too: every lane
+reads the same element), every itemsize and every first element. No kernel in this one.
+"""
+
+LANES = 32
+SECTOR = 32  # bytes
+
+
+def sectors(stride: int, itemsize: int, first: int = 0) -> int:
+    """Sectors that the load of one warp touches."""
+    return max(1, LANES * stride * itemsize // SECTOR)
