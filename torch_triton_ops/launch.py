@@ -31,6 +31,8 @@ import triton
 from triton.runtime.jit import JITFunction
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# Gluon's language still changes from version to version, and the interpreter does not take it.
+_GLUON = triton.__version__.startswith(("3.6.", "3.7.")) and not INTERPRET
 
 
 class _State(threading.local):
@@ -69,6 +71,18 @@ def capability(device: torch.device) -> int:
 def sm_count(device: torch.device) -> int:
     """Number of streaming multiprocessors: the natural size of a persistent grid."""
     return _device_facts(device)[1]
+
+
+def gluon_ready(device: torch.device, target: int = 90) -> bool:
+    """Whether a Gluon kernel for compute capability `target` may run: real or recorded GPU, tested Triton version."""
+    return _GLUON and capability(device) >= target
+
+
+def aligned(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` begins on 16 bytes; traced and meta tensors, which have no address, by their offset."""
+    if _state.watching:
+        return tensor.storage_offset() * tensor.element_size() % 16 == 0
+    return tensor.data_ptr() % 16 == 0
 
 
 def next_power_of_2(n: int) -> int:
@@ -179,8 +193,7 @@ def can_describe(tensor: torch.Tensor) -> bool:
     """Whether TMA takes `tensor`: last stride 1, other strides positive multiples of 16 bytes, base aligned to 16 bytes."""
     size = tensor.element_size()
     *outer, last = tensor.stride()
-    aligned = tensor.is_meta or tensor.data_ptr() % 16 == 0
-    return last == 1 and aligned and tensor.numel() > 0 and all(s > 0 and s * size % 16 == 0 for s in outer)
+    return last == 1 and aligned(tensor) and tensor.numel() > 0 and all(s > 0 and s * size % 16 == 0 for s in outer)
 
 
 def launch(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from torch_triton_ops import registry
 from torch_triton_ops.errors import bad_argument
@@ -72,6 +73,9 @@ def _extend_compile_cache_key(specs: Sequence[OpSpec]) -> None:
     files = {file for spec in specs for file in spec.module_files()} | set(registry.PACKAGE.glob("*.py"))
     for file in sorted(files):
         digest.update(file.read_bytes())
+    # settings of ours may decide whether an op is inlined into a graph or stays one node of it
+    settings = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("TORCH_TRITON_OPS_"))
+    digest.update("\0".join(settings).encode())
     from torch.compiler import config
 
     config.cache_key_tag += f";{specs[0].namespace if specs else ''}={digest.hexdigest()[:16]}"
@@ -200,6 +204,11 @@ class _Registration:
             if grad_enabled():
                 for i in without_gradient:
                     if bound[i] is not None and bound[i].requires_grad:
+                        if not differentiable:  # indices and the like cut no gradient
+                            with below_autograd():
+                                found = op(*args, **kwargs)
+                            if not any(t.is_floating_point() for t in tree_leaves(found)):
+                                return found
                         _refuse_gradient(spec, spec.arguments[i].name)
                 for i in differentiable:
                     if bound[i] is not None and bound[i].requires_grad:

@@ -189,12 +189,19 @@ def spec(name: str) -> OpSpec:
 
 
 def source_hash(spec: OpSpec) -> str:
-    """Hash of what decides the op's behaviour on a GPU: its own files and schemas, the launcher, the registration."""
+    """Hash of what decides the op's behaviour on a GPU: its own files and schemas, the modules of the package that they
+    import (kernels are shared there), the launcher, the registration."""
     digest = hashlib.sha256("\n".join(f"{d.kind} {d.schema}" for d in spec.decls).encode())
     digest.update(f"{spec.visibility} {spec.differentiable} {spec.autocast}".encode())
-    for file in (*spec.module_files(), PACKAGE / "launch.py", PACKAGE / "register.py"):
+    files = spec.module_files()
+    imported = {match for file in files for match in _FOUNDATION.findall(file.read_text())} - {"cases", "errors"}
+    shared = [PACKAGE / f"{name}.py" for name in sorted(imported | {"launch", "register"})]
+    for file in (*files, *(file for file in shared if file.exists())):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+_FOUNDATION = re.compile(r"^from torch_triton_ops\.(\w+) import", re.MULTILINE)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.errors import bad_argument
@@ -104,6 +105,7 @@ def _rms_norm_fwd_kernel(
     STORE_RSTD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """BLOCK_M whole rows per program, held in registers between the reduction and the store: x is read once."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
@@ -111,12 +113,16 @@ def _rms_norm_fwd_kernel(
     mask_m = offs_m < M
     mask_n = offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
+    if PDL:
+        gdc_wait()
     x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0).to(
         tl.float32
     )  # (BLOCK_M, BLOCK_N)
     # Before the reduction: the weight then travels together with x. Every program reads it: keep it in the caches.
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
     rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + EPS)  # (BLOCK_M,)
     if STORE_RSTD:
         tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
@@ -324,10 +330,12 @@ def _block_m(block_n: int) -> int:
 
 
 def _fwd_config(block_n: int) -> dict[str, int]:
-    # A warp for every 1024 elements, four 16-byte loads in flight per thread; short rows share a program of one warp. On an
-    # H200, 32768x1024: 3.99 TB/s, against 3.83 with 4 rows and 4 warps a program.
-    block_m = min(max(1024 // block_n, 1), 64)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": min(max(block_n // 1024, 1), 16)}
+    # A warp for every 1024 elements, four 16-byte loads in flight per thread; short rows share a program of two. On an
+    # H200, 32768x1024: 4.07 TB/s, against 3.99 with 4 rows and 4 warps, and 3.27 with one row and one warp, because every
+    # program of a dependent launch must wait for the kernel before it (bench/results/tuning/nvidia_h200/dependent_launch.json).
+    block_m = min(max(2048 // block_n, 1), 64)
+    num_warps = 4 if block_n < 1024 else max(block_n // 1024, 2)  # many short rows: their addresses would spill in two
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": min(num_warps, 16)}
 
 
 def _bwd_config(N: int, itemsize: int) -> tuple[dict[str, Any], int] | None:
