@@ -39,13 +39,15 @@ class Impl:
     """One column of the record.
 
     `in_place` names the passes in which it overwrites its inputs: it then works on copies of its own. `not_captured`
-    names those in which it is timed by events: a host synchronisation, or inputs to restore before every call.
+    names those in which it is timed by events: a host synchronisation, or inputs to restore before every call. `random`:
+    its results depend on a generator of its own, so there is nothing to compare them with.
     """
 
     name: str
     call: Function
     in_place: tuple[str, ...] = ()
     not_captured: tuple[str, ...] = ()
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class _Entry:
     build: Callable[[], Function]
     in_place: tuple[str, ...] = ()
     not_captured: tuple[str, ...] = ()
+    random: bool = False
 
 
 @dataclass
@@ -68,10 +71,10 @@ _unavailable: dict[str, str] = {}
 
 
 def _peer(
-    op: str, name: str, in_place: tuple[str, ...] = (), not_captured: tuple[str, ...] = ()
+    op: str, name: str, in_place: tuple[str, ...] = (), not_captured: tuple[str, ...] = (), random: bool = False
 ) -> Callable[[Callable[[], Function]], Callable[[], Function]]:
     def register(build: Callable[[], Function]) -> Callable[[], Function]:
-        _ENTRIES[op, name] = _Entry(build, in_place, not_captured)
+        _ENTRIES[op, name] = _Entry(build, in_place, not_captured, random)
         return build
 
     return register
@@ -109,20 +112,22 @@ def find(op: str, ours: Function, reference: Function, names: tuple[str, ...]) -
     found = Found([Impl("tt", ours)])
     eager_entry = _ENTRIES.get((op, "eager"))
     eager = eager_entry.build() if eager_entry is not None else reference
+    random = eager_entry is not None and eager_entry.random
     for name in names:
         if name == "eager":
-            found.impls.append(Impl("eager", eager))
+            found.impls.append(Impl("eager", eager, random=random))
         elif name == "compile":
             if op not in NOT_COMPILED:
-                found.impls.append(Impl("compile", torch.compile(eager, dynamic=False)))
+                found.impls.append(Impl("compile", torch.compile(eager, dynamic=False), random=random))
         elif name == "compile_max":
-            found.impls.append(Impl(name, torch.compile(eager, dynamic=False, mode="max-autotune-no-cudagraphs")))
+            compiled = torch.compile(eager, dynamic=False, mode="max-autotune-no-cudagraphs")
+            found.impls.append(Impl(name, compiled, random=random))
         elif (op, name) in _ENTRIES:
             entry = _ENTRIES[op, name]
             reason = unavailable(name)
             if reason is None:
                 try:
-                    found.impls.append(Impl(name, entry.build(), entry.in_place, entry.not_captured))
+                    found.impls.append(Impl(name, entry.build(), entry.in_place, entry.not_captured, entry.random))
                 except Exception as error:  # the package is there, this function of it is not
                     reason = f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
             if reason is not None:
@@ -250,6 +255,31 @@ def _matmul_eager() -> Function:
 @_peer("bmm", "eager")
 def _bmm_eager() -> Function:
     return torch.bmm
+
+
+@_peer("cast", "eager")
+def _cast_eager() -> Function:
+    return lambda x, dtype: x.to(dtype)
+
+
+@_peer("fused_add_mul", "eager")
+def _fused_add_mul_eager() -> Function:
+    return lambda x, y, z: (x + y) * z
+
+
+@_peer("bias_gelu", "eager")
+def _bias_gelu_eager() -> Function:
+    return lambda x, bias, approximate="tanh": F.gelu(x + bias, approximate=approximate)
+
+
+@_peer("dropout", "eager", random=True)
+def _dropout_eager() -> Function:
+    return lambda x, p, seed, offset=0: F.dropout(x, p)
+
+
+@_peer("bias_dropout_residual", "eager", random=True)
+def _bias_dropout_residual_eager() -> Function:
+    return lambda x, bias, residual, p, seed, offset=0: residual + F.dropout(x if bias is None else x + bias, p)
 
 
 # --------------------------------------------------------------------------------------------------------------------

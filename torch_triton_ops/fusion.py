@@ -39,19 +39,24 @@ def keep_scale(p: float) -> float:
     return 0.0 if p == 1 else 1 / (1 - p)
 
 
-def philox_reference(seed: int, offset: int, numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The 16-bit numbers of elements 0 to numel - 1 as int64 `(numel,)`, in plain torch. seed, offset: 0 to 2**63 - 1."""
+def philox_words(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """Philox-4x32-10 of int64 tensors that hold 32-bit words, in plain torch: four words for each counter of four."""
     mask = 0xFFFFFFFF
-    group = torch.arange((numel + 7) // 8, device=device)
-    c0, c1 = group & mask, group >> 32
-    c2, c3 = torch.full_like(group, offset & mask), torch.full_like(group, offset >> 32)
-    k0, k1 = seed & mask, seed >> 32
+    (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         # int64 products wrap, and still hold the right 64 bits
         high, low = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (low >> 32 & mask) ^ c1 ^ k0, low & mask, (high >> 32 & mask) ^ c3 ^ k1, high & mask
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    words = torch.stack((c0, c1, c2, c3), -1)
+    return c0, c1, c2, c3
+
+
+def philox_reference(seed: int, offset: int, numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The 16-bit numbers of elements 0 to numel - 1 as int64 `(numel,)`, in plain torch. seed, offset: 0 to 2**63 - 1."""
+    mask = 0xFFFFFFFF
+    group = torch.arange((numel + 7) // 8, device=device)
+    stream = (torch.full_like(group, offset & mask), torch.full_like(group, offset >> 32))
+    words = torch.stack(philox_words((group & mask, group >> 32, *stream), (seed & mask, seed >> 32)), -1)
     return torch.stack((words & 0xFFFF, words >> 16), -1).view(-1)[:numel]
 
 

@@ -192,7 +192,7 @@ def _bias_gelu_bwd_kernel(
 
 def _tile(N: int, elements: int, width: int) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_N) of so many elements, as wide as a row of N at most."""
-    block_n = width if N > width // 2 else next_power_of_2(N)
+    block_n = width if width // 2 < N else next_power_of_2(N)
     return elements // block_n, block_n
 
 
@@ -223,7 +223,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, approximate: str = "tanh") ->
 
 
 # Tiles of a backward program: a row of partial sums for every 64 rows of 256 columns adds 2 % to the bytes.
-_STEPS = 4
+_STEPS = 8
 
 
 def bias_gelu_bwd(
@@ -233,7 +233,7 @@ def bias_gelu_bwd(
     dx, dbias = bias_gelu_bwd_fake(dout, x, bias, approximate, needs)
     dout, x = as_rows(dout, x, flat=False)
     M, N = x.shape
-    block_m, block_n = _tile(N, elements=4096, width=256)
+    block_m, block_n = _tile(N, elements=2048, width=256)
     row_blocks = cdiv(M, block_m * _STEPS)
     partial = x.new_empty((row_blocks, N), dtype=torch.float32) if needs[1] else None
     launch(
@@ -313,7 +313,8 @@ def bias_gelu_samples(device: torch.device | str, dtype: torch.dtype) -> Iterato
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     yield Sample("M3_N129", (t(3, 129), t(129)))
     yield Sample("M3_N129_erf", (t(3, 129), t(129), "none"))
-    yield Sample("M70_N300", (t(70, 300), t(300)))  # several programs, several rows of partial sums
+    # several programs, several rows of partial sums
+    yield Sample("M70_N300", (t(70, 300), t(300)), slow_in_interpreter=True)
     yield Sample("batch_2x3x40", (t(2, 3, 40), t(40, dtype=other)))
     yield Sample("one_row_N1100", (t(1100), t(1100), "none"))
     yield Sample("N1", (t(4, 1), t(1)))
