@@ -231,6 +231,62 @@ def test_registration_and_compilation(lesson: Lesson, capsys: pytest.CaptureFixt
     assert any("test_faketensor" in failure for failure in lesson.failures)
 
 
+class FakeTimer:
+    """Stands for a GPU's: calls once, and says 10 us."""
+
+    method = "graph"
+
+    def __init__(self, prepare: Any, budget_ms: float) -> None:
+        self.outputs = [call() for call in prepare()]
+
+    def measure(self) -> float:
+        return 0.01
+
+    def release(self) -> None:
+        self.outputs = []
+
+
+def test_a_measuring_run(lesson: Lesson, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    """What a run on a GPU does, with invented times."""
+    from triton_tutorial.bench import timing
+
+    monkeypatch.setattr(timing, "make_timer", lambda prepare, budget: (FakeTimer(prepare, budget), None))
+    monkeypatch.setattr(timing, "rotation_target", lambda: 1000)
+    monkeypatch.setattr(timing, "free_bytes", lambda: 10**6)
+    lesson.timing = True
+    lesson.header |= {"gpu": "Some GPU", "copy_tbps": 4.0, "matmul_tflops": 700.0}
+    p = problem(lesson)
+    p.timed = {"60": (60,), "100": (100,)}
+    p.baseline("torch")
+    p.rung("blocks", add, add_kernel)
+    p.rung("half", half_add, add_kernel)
+    p.ladder("Addition")
+    assert p.autotune(add, [{"BLOCK_N": 32}, {"BLOCK_N": 64}]) == {"BLOCK_N": 32}
+    lesson.measure("strides", "every second", lambda: lambda: torch.ones(8)[::2].clone(), 32, case="8")
+    lesson.compiled(
+        "model",
+        p.make,
+        torch.mul,
+        torch.mul,
+        "mul",
+        (3,),
+        (5,),
+        bytes=lambda x, y: 60,
+        others={"tt, compiled": torch.mul},
+    )
+    times = [(r["table"], r["name"], r["case"]) for r in lesson.rows if "us" in r]
+    assert [t for t in times if t[0] == "add"] == [("add", n, c) for n in ("torch", "blocks") for c in ("60", "100")]
+    assert ("add, autotuning", "BLOCK_N=64", "100") in times
+    assert ("strides", "every second", "8") in times
+    assert [t[1] for t in times if t[0] == "model"] == [
+        "torch, eager", "torch, compiled", "ours, eager", "ours, compiled", "tt, compiled",
+    ]  # fmt: skip
+    assert lesson.figure("add", "blocks", "us").value == 10.0
+    assert lesson.figure("add", "blocks", case="100").value == pytest.approx(12 * 100 / 10e-6 / 1e12, abs=1e-4)
+    assert "half" in lesson.failures[0]
+    assert "10.0 us" in capsys.readouterr().out
+
+
 def test_record(tmp_path: Path) -> None:
     lesson = Lesson(1, ["--check-only", "--device", "cpu", "--json", str(tmp_path / "r.json")])
     problem(lesson).rung("blocks", add, add_kernel)
