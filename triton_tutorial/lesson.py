@@ -25,6 +25,7 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -328,7 +329,9 @@ class Lesson:
     def _picture_path(self, name: str) -> Path | None:
         if self.plots is None and not self.notebook:
             return None
-        folder = self.plots or Path(".")
+        if self.plots is None:
+            self.plots = Path(tempfile.mkdtemp(prefix=f"{self.info.name}_"))
+        folder = self.plots
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{self.info.name}_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.png"
 
@@ -760,8 +763,17 @@ class Problem:
         name, _, signature = schema.partition("(")
         op = torch.library.custom_op(f"tt_lesson::{name}", function, mutates_args=(), schema="(" + signature)
         op.register_fake(fake)
+        calls = [
+            f'op = torch.library.custom_op("tt_lesson::{name}", {_name_of(function, "launcher")}, mutates_args=(),',
+            f'                             schema="({signature}")',
+            f"op.register_fake({_name_of(fake, 'fake')})",
+        ]
         if backward is not None:
             op.register_autograd(backward, setup_context=setup_context)
+            context = f", setup_context={_name_of(setup_context, 'setup_context')}" if setup_context else ""
+            calls.append(f"op.register_autograd({_name_of(backward, 'backward')}{context})")
+        if not lesson.quiet:
+            lesson._out.code("\n".join(calls), "python", "what register() does, before it checks")
         checks: list[list[str]] = []
         inputs = self.make(*self.check[0])
         if backward is not None:
@@ -1020,6 +1032,11 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _outputs(call: Callable[[], Any]) -> list[torch.Tensor]:
     return _tensors(call())
+
+
+def _name_of(function: Any, otherwise: str) -> str:
+    name = getattr(function, "__name__", otherwise)
+    return otherwise if name == "<lambda>" else name
 
 
 def _double(value: Any) -> Any:

@@ -92,8 +92,11 @@ def unpack(tar: Path) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         with tarfile.open(tar) as archive:
             for member in archive.getmembers():
-                if re.fullmatch(r"(good|failed)/[\w.]+", member.name) and member.isfile():
-                    archive.extract(member, temporary)
+                content = archive.extractfile(member)
+                if content is not None and re.fullmatch(r"(good|failed)/\w+\.\w+", member.name):
+                    target = Path(temporary, member.name)
+                    target.parent.mkdir(exist_ok=True)
+                    target.write_bytes(content.read())
         folder = Path(temporary) / "good"
         names = sorted(f.stem for f in folder.glob("lesson_??.json"))
         if names:
