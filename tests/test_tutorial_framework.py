@@ -108,8 +108,10 @@ def test_interpreted_kernels_write_back_and_may_call_others() -> None:
     product_kernel[(1,)](a, b, c, total, 32, BLOCK=16)
     torch.testing.assert_close(c, a.float() @ b.float())
     torch.testing.assert_close(total[0], 4 * c.sum())
-    x = torch.randn(10)
-    assert torch.equal(interpreted.call_op("tt::vector_add", x, x), 2 * x)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):  # bf16 is rounded, as on a GPU
+        x, y = torch.randn(2, 1000).to(dtype)
+        x[:4] = torch.tensor([float("inf"), float("nan"), 0.0, 3e38]).to(dtype)
+        assert torch.equal(interpreted.call_op("tt::vector_add", x, y).nan_to_num(7), (x + y).nan_to_num(7))
 
 
 def test_access_outside_a_tensor_is_named() -> None:

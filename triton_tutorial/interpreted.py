@@ -547,6 +547,18 @@ def _hook_builder(watch: _Watch) -> None:
             watch.traces[-1].flops += 2 * a.data.size * b.data.shape[-1]
         return dot(fp32(a), fp32(b), *rest)
 
+    trunc = builder.create_fp_trunc
+
+    def rounded_trunc(source: Any, target: Any) -> Any:
+        # the interpreter cuts fp32 off to bf16; a GPU rounds to the nearest, ties to even
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return trunc(source, target)
+        value = np.ascontiguousarray(source.data)
+        bits = value.view(np.uint32)
+        nearest = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return interpreter.TensorHandle(np.where(np.isnan(value), 0x7FC0, nearest).astype(np.uint16), tl.bfloat16)
+
+    builder.create_fp_trunc = rounded_trunc
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     builder.create_atomic_rmw, builder.create_atomic_cas = atomic_rmw, atomic_cas
     builder.create_dot = counted_dot

@@ -512,8 +512,7 @@ class Problem:
             if not g.dtype.is_floating_point:
                 bad = g != w
             else:
-                # the interpreter's store to bf16 truncates where a GPU rounds
-                eps = EPS[g.dtype] * (2 if not g.is_cuda and g.dtype == torch.bfloat16 else 1)
+                eps = EPS[g.dtype]
                 rtol = 2 * eps if self.rtol is None else self.rtol
                 atol = _torch_error(w, e) * 2 + eps * 1e-3 if self.atol is None else self.atol
                 bad = ~((g.double() - e).abs() <= atol + rtol * e.abs()) & ~(g.isnan() & e.isnan()) & (g.double() != e)
