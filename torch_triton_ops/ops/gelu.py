@@ -92,7 +92,7 @@ def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
 
 
 def gelu_fake(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def gelu_bwd(dout: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
@@ -102,7 +102,7 @@ def gelu_bwd(dout: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Ten
 
 
 def gelu_bwd_fake(dout: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
-    return dout.new_empty(dout.shape)
+    return torch.empty_like(dout, memory_format=torch.contiguous_format)
 
 
 def gelu_check(x: torch.Tensor, approximate: str = "none") -> None:

@@ -61,7 +61,7 @@ def relu(x: torch.Tensor) -> torch.Tensor:
 
 
 def relu_fake(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def relu_bwd(dout: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def relu_bwd(dout: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 def relu_bwd_fake(dout: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    return dout.new_empty(dout.shape)
+    return torch.empty_like(dout, memory_format=torch.contiguous_format)
 
 
 def relu_forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def sigmoid(x: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoid_fake(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def sigmoid_bwd(dout: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def sigmoid_bwd(dout: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoid_bwd_fake(dout: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return dout.new_empty(dout.shape)
+    return torch.empty_like(dout, memory_format=torch.contiguous_format)
 
 
 def sigmoid_forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

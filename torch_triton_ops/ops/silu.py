@@ -63,7 +63,7 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 
 
 def silu_fake(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def silu_bwd(dout: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def silu_bwd(dout: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def silu_bwd_fake(dout: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return dout.new_empty(dout.shape)
+    return torch.empty_like(dout, memory_format=torch.contiguous_format)
 
 
 def silu_forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
