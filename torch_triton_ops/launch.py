@@ -181,7 +181,9 @@ class Descriptor:
 
 
 def descriptor(tensor: torch.Tensor, block_shape: tuple[int, ...], layout: Any = None) -> Descriptor:
-    """A TMA descriptor to pass to `launch` in the place of a pointer. `layout`: a Gluon kernel's shared-memory layout.
+    """A TMA descriptor to pass to `launch` in the place of a pointer.
+
+    layout: a Gluon kernel's shared-memory layout, one lasting object for all calls.
 
     The driver's encoding is cached by address, shape, strides and box, so a repeated launch costs no driver call.
     Ask `can_describe(tensor)` first. An op that makes one for a Triton kernel is `visibility: opaque`.
@@ -191,9 +193,13 @@ def descriptor(tensor: torch.Tensor, block_shape: tuple[int, ...], layout: Any =
 
 def can_describe(tensor: torch.Tensor) -> bool:
     """Whether TMA takes `tensor`: last stride 1, other strides positive multiples of 16 bytes, base aligned to 16 bytes."""
-    size = tensor.element_size()
-    *outer, last = tensor.stride()
-    return last == 1 and aligned(tensor) and tensor.numel() > 0 and all(s > 0 and s * size % 16 == 0 for s in outer)
+    strides, unit = tensor.stride(), 16 // tensor.element_size()
+    if strides[-1] != 1 or tensor.numel() == 0:
+        return False
+    for stride in strides[:-1]:
+        if stride <= 0 or stride % unit:
+            return False
+    return aligned(tensor)
 
 
 def launch(
@@ -228,7 +234,7 @@ def launch(
             key.append(1 if a == 1 else (a % 16 == 0, -_MAX_INT32 <= a <= _MAX_INT32))
         elif type(a) is Descriptor:
             values.append(a)
-            key.append((a.base.dtype, a.block_shape, a.layout))
+            key.append((a.base.dtype, a.block_shape, id(a.layout)))  # hashing a layout would take a microsecond
             device = a.base.get_device()
             described = True
         else:
