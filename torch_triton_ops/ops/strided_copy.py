@@ -92,8 +92,9 @@ def _strided_copy_fwd_kernel(
 # --------------------------------------------------------------------------------------------------------------------
 
 _OUTER = 4  # dims of the kernel besides the last
-_TILE = 2048  # elements a program
-_WARPS = 4
+# Elements a program. On an H200 2048 with 2, 4 or 8 warps are up to 2 % slower (bench/results/tuning/nvidia_h200/transpose.json).
+_TILE = 1024
+_WARPS = 1
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # sm_80 has no pointer to these: their bytes are copied
 
 
