@@ -137,8 +137,8 @@ class Lesson:
     # -- inputs ---------------------------------------------------------------------------------------------------------
 
     def size(self, small: Any, full: Any) -> Any:
-        """`full`, or `small` with --size small."""
-        return small if self.options.size == "small" else full
+        """`full`, or `small` with --size small on a GPU; elsewhere the recorded sizes are the full ones."""
+        return small if self.options.size == "small" and self.gpu else full
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Normal random numbers on the current device."""
@@ -278,6 +278,9 @@ class Lesson:
             self._out.note(f"{title or table}: no speeds recorded yet.")
             return
         rows = [r for r in found[0] if r["table"] == table and (not cases or r["case"] in cases)]
+        if not rows:
+            self._out.note(f"{title or table}: nothing recorded yet.")
+            return
         heads = ["", *(["size"] if len({r["case"] for r in rows}) > 1 else []), *(_HEADS.get(c, c) for c in columns)]
         body = [[r["name"], *([r["case"]] if "size" in heads else []), *(_cell(r, c) for c in columns)] for r in rows]
         self._out.table(title or table, heads, body)

@@ -108,6 +108,7 @@ class _Panel:
     name: str
     verbs: str
     shape: tuple[int, ...]
+    strides: tuple[int, ...]  # where it is not contiguous
     columns: int
     rows: int  # of the tensor and, below, of the lanes that point behind its end
     numel: int  # elements from the first to the last, as memory has them
@@ -224,7 +225,12 @@ def _panel(trace: LaunchTrace, name: str, view: str, focus: Program, columns: in
             keys[element] = tuple(sorted(counts)) if view == "program" else (min(counts),)
     last = max([numel - 1, *off, *(e for e in wrong if e < numel + 4 * columns)])
     verbs = " and ".join(dict.fromkeys(_VERBS[a.kind] for a in accesses))
-    return _Panel(name, verbs, shape, columns, last // columns + 1, numel, keys, off, wrong)
+    contiguous, run = True, 1
+    for n, s in zip(reversed(shape), reversed(strides), strict=True):
+        contiguous, run = contiguous and (n == 1 or s == run), run * n
+    return _Panel(
+        name, verbs, shape, () if contiguous else strides, columns, last // columns + 1, numel, keys, off, wrong
+    )
 
 
 def _paint(
@@ -252,9 +258,9 @@ def _paint(
         handles.append(Patch(facecolor="white", edgecolor=charts.MUTED, hatch="////", label="lane masked off"))
     if any(p.wrong for p in panels):
         handles.append(Patch(facecolor="white", edgecolor=_WRONG, linewidth=2, label="outside the tensor"))
-    per_row = max(1, int((width + 0.6) / 1.75))
-    legend_rows = -(-len(handles) // per_row)
     width = max(width, 6.4)
+    per_row = max(1, int(width / (0.55 + 0.085 * max((len(h.get_label()) for h in handles), default=1))))
+    legend_rows = -(-len(handles) // per_row)
     figure, axes = plt.subplots(
         figsize=(width, height + 0.75 + 0.26 * legend_rows),
         squeeze=False,
@@ -297,10 +303,10 @@ def _paint_panel(
         flat[element] = to_rgb(colour(key))
     ax.imshow(image, interpolation="nearest", aspect="equal")
     line = 0.8 if cell > 0.12 else 0.35
-    ax.set_xticks(np.arange(-0.5, panel.columns), minor=True)
-    ax.set_yticks(np.arange(-0.5, panel.rows), minor=True)
-    ax.grid(which="minor", color=_GRID, linewidth=line)
-    ax.tick_params(which="both", length=0, labelsize=8, colors=charts.MUTED, pad=2)
+    # lines of one artist each: minor ticks would be an artist for every cell
+    ax.vlines(np.arange(-0.5, panel.columns), -0.5, panel.rows - 0.5, color=_GRID, linewidth=line)
+    ax.hlines(np.arange(-0.5, panel.rows), -0.5, panel.columns - 0.5, color=_GRID, linewidth=line)
+    ax.tick_params(length=0, labelsize=8, colors=charts.MUTED, pad=2)
     for spine in ax.spines.values():
         spine.set_visible(False)
     every = next(g for g in (1, 2, 4, 8, 16, 32, 64) if g * cell > 0.18)
@@ -309,6 +315,8 @@ def _paint_panel(
     ax.set_xticks(range(0, panel.columns, gap), [f"+{c}" if c else "0" for c in range(0, panel.columns, gap)])
     ax.xaxis.tick_top()
     shape = " x ".join(map(str, panel.shape)) or "scalar"
+    if panel.strides:
+        shape += f", strides {', '.join(map(str, panel.strides))}"
     ax.set_title(f"{panel.name}  ({panel.verbs}; {shape})", fontsize=10.5, fontweight="normal", pad=5)
 
     def box(element: int, **looks: Any) -> None:
@@ -331,7 +339,6 @@ def _label_region(ax: Any, panel: _Panel, key: Any, text: str, cell: float, colo
     """The name of what touches a region, in the middle of it, if the region is one rectangle that can hold it."""
     import numpy as np
     from matplotlib.colors import to_rgb
-    from matplotlib.patheffects import withStroke
 
     cells = np.array([divmod(e, panel.columns) for e, k in panel.keys.items() if k == key])
     (top, left), (bottom, right) = cells.min(axis=0), cells.max(axis=0)
@@ -346,10 +353,9 @@ def _label_region(ax: Any, panel: _Panel, key: Any, text: str, cell: float, colo
     if size >= 5:
         red, green, blue = to_rgb(colour)
         ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.62 else "#1f2933"
-        label = ax.text(
-            (left + right) / 2, (top + bottom) / 2, text, ha="center", va="center", fontsize=size, color=ink
-        )
-        label.set_path_effects([withStroke(linewidth=3, foreground=colour)])  # no grid line through a letter
+        box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0}  # no grid line through a letter
+        middle = ((left + right) / 2, (top + bottom) / 2)
+        ax.text(*middle, text, ha="center", va="center", fontsize=size, color=ink, bbox=box)
 
 
 def _key_name(key: tuple[Any, ...], trace: LaunchTrace, view: str) -> str:
