@@ -327,6 +327,7 @@ def _matmul_tma_load(desc, first, off, k, K_MAJOR: tl.constexpr):
 def _matmul_tma_product(
     a_desc,
     b_desc,
+    b2_desc,
     a_first,
     b_first,
     off_m,
@@ -335,21 +336,37 @@ def _matmul_tma_product(
     span,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
     BLOCK_K: tl.constexpr,
     A_K_MAJOR: tl.constexpr,
     B_K_MAJOR: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """The tile's first BLOCK_N columns and its further BLOCK_N2, if any (else the first twice)."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, span, BLOCK_K):
-        a = _matmul_tma_load(a_desc, a_first, off_m, k_first + k, A_K_MAJOR)  # (BLOCK_M, BLOCK_K)
-        b = _matmul_tma_load(b_desc, b_first, off_n, k_first + k, B_K_MAJOR)  # (BLOCK_N, BLOCK_K)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    return acc
+    if BLOCK_N2 > 0:
+        acc2 = tl.zeros((BLOCK_M, BLOCK_N2), tl.float32)
+        for k in range(0, span, BLOCK_K):
+            a = _matmul_tma_load(a_desc, a_first, off_m, k_first + k, A_K_MAJOR)  # (BLOCK_M, BLOCK_K)
+            b = _matmul_tma_load(b_desc, b_first, off_n, k_first + k, B_K_MAJOR)  # (BLOCK_N, BLOCK_K)
+            b2 = _matmul_tma_load(b2_desc, b_first, off_n + BLOCK_N, k_first + k, B_K_MAJOR)  # (BLOCK_N2, BLOCK_K)
+            if UPCAST:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+                b2 = b2.to(tl.float32)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+            acc2 = tl.dot(a, b2.T, acc2, input_precision=PRECISION)
+        return acc, acc2
+    else:
+        for k in range(0, span, BLOCK_K):
+            a = _matmul_tma_load(a_desc, a_first, off_m, k_first + k, A_K_MAJOR)  # (BLOCK_M, BLOCK_K)
+            b = _matmul_tma_load(b_desc, b_first, off_n, k_first + k, B_K_MAJOR)  # (BLOCK_N, BLOCK_K)
+            if UPCAST:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        return acc, acc
 
 
 @triton.jit
@@ -391,6 +408,7 @@ def _matmul_tma_finish(
 def _matmul_tma_kernel(
     a_desc,
     b_desc,
+    b2_desc,
     bias_ptr,
     out,
     z_out,
@@ -403,6 +421,7 @@ def _matmul_tma_kernel(
     B_BATCH,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -414,18 +433,21 @@ def _matmul_tma_kernel(
     TMA_STORE: tl.constexpr,
     HALVES: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    SWAPPED: tl.constexpr,
     BATCHED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Products with TMA loads (zeros beyond the edges). out, z_out: descriptors if TMA_STORE, else pointers.
 
+    BLOCK_N2: a tile has that many columns more, which makes widths possible that are no powers of two.
+    SWAPPED: computes the transpose of what is stored: out is (N, M).
     BATCHED: the descriptors hold B matrices one below another, A_BATCH and B_BATCH rows apart (0: the same for all), so
     a tile at the edge of one may read rows of the next. They meet only rows of the output that are not stored: the
     launcher sees to it.
     """
     pid = tl.program_id(0)
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N + BLOCK_N2)
     if PERSISTENT:
         # flatten: the next tile's loads start while this tile is stored
         for tile in tl.range(pid, tiles * B if BATCHED else tiles, tl.num_programs(0), flatten=True):
@@ -433,9 +455,9 @@ def _matmul_tma_kernel(
             pid_m, pid_n = _matmul_tile_of(tile % tiles if BATCHED else tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
             off_m = pid_m * BLOCK_M
             off_n = pid_n * BLOCK_N
-            acc = _matmul_tma_product(
-                a_desc, b_desc, batch * A_BATCH, batch * B_BATCH, off_m, off_n, 0, K,
-                BLOCK_M, BLOCK_N, BLOCK_K, A_K_MAJOR, B_K_MAJOR, PRECISION, UPCAST,
+            acc, _ = _matmul_tma_product(
+                a_desc, b_desc, b2_desc, batch * A_BATCH, batch * B_BATCH, off_m, off_n, 0, K,
+                BLOCK_M, BLOCK_N, BLOCK_N2, BLOCK_K, A_K_MAJOR, B_K_MAJOR, PRECISION, UPCAST,
             )  # fmt: skip
             tile_out = out if TMA_STORE or not BATCHED else out + batch.to(tl.int64) * M * N
             _matmul_tma_finish(
@@ -450,21 +472,30 @@ def _matmul_tma_kernel(
         # tl.assume with range(0, span) keeps ptxas from serialising wgmma (its warning C7515)
         span = min(K - k_first, K_SPLIT) if SPLIT_K > 1 else K
         tl.assume(span > 0)
-        pid_m, pid_n = _matmul_tile_of(pid % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        pid_m, pid_n = _matmul_tile_of(pid % tiles, M, N, BLOCK_M, BLOCK_N + BLOCK_N2, GROUP_M)
         off_m = pid_m * BLOCK_M
-        off_n = pid_n * BLOCK_N
-        acc = _matmul_tma_product(
-            a_desc, b_desc, batch * A_BATCH, batch * B_BATCH, off_m, off_n, k_first, span,
-            BLOCK_M, BLOCK_N, BLOCK_K, A_K_MAJOR, B_K_MAJOR, PRECISION, UPCAST,
+        off_n = pid_n * (BLOCK_N + BLOCK_N2)
+        acc, acc2 = _matmul_tma_product(
+            a_desc, b_desc, b2_desc, batch * A_BATCH, batch * B_BATCH, off_m, off_n, k_first, span,
+            BLOCK_M, BLOCK_N, BLOCK_N2, BLOCK_K, A_K_MAJOR, B_K_MAJOR, PRECISION, UPCAST,
         )  # fmt: skip
-        if TMA_STORE:
-            off_m += batch * M
-        elif SPLIT_K > 1 or BATCHED:  # (SPLIT_K, B, M, N) by pointer
+        if not TMA_STORE and (SPLIT_K > 1 or BATCHED):  # (SPLIT_K, B, M, N) by pointer
             out += part.to(tl.int64) * M * N
-        _matmul_tma_finish(
-            acc, bias_ptr, out, z_out, off_m, off_n, M, N,
-            BLOCK_M, BLOCK_N, HAS_BIAS, ACTIVATION, STORE_Z, TMA_STORE, HALVES,
-        )  # fmt: skip
+        if SWAPPED:
+            _matmul_finish(
+                acc.T, bias_ptr, out, z_out, off_n + batch * N if TMA_STORE else off_n, off_m, N, M,
+                BLOCK_N, BLOCK_M, HAS_BIAS, ACTIVATION, STORE_Z, TMA_STORE,
+            )  # fmt: skip
+        else:
+            _matmul_tma_finish(
+                acc, bias_ptr, out, z_out, off_m + batch * M if TMA_STORE else off_m, off_n, M, N,
+                BLOCK_M, BLOCK_N, HAS_BIAS, ACTIVATION, STORE_Z, TMA_STORE, HALVES,
+            )  # fmt: skip
+            if BLOCK_N2 > 0:
+                _matmul_finish(
+                    acc2, bias_ptr, out, z_out, off_m, off_n + BLOCK_N, M, N,
+                    BLOCK_M, BLOCK_N2, HAS_BIAS, ACTIVATION, STORE_Z, False,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -600,6 +631,8 @@ class _MatmulConfig(NamedTuple):
     group_m: int = 8
     persistent: bool = False  # TMA kernel only
     halves: bool = False  # TMA kernel only: epilogue in two halves
+    block_n2: int = 0  # TMA kernel only: further columns of a tile
+    swapped: bool = False  # TMA kernel only: block_m is of N and block_n of M; the transpose is computed
 
 
 class _MatmulTile(NamedTuple):
@@ -607,27 +640,34 @@ class _MatmulTile(NamedTuple):
 
     block_m: int
     block_n: int
+    row_bytes: int  # of BLOCK_K elements: 128 are a swizzle atom
     num_warps: int
     num_stages: int
     share: float
+    block_n2: int = 0
 
 
-# The shares were measured on an H200 (bench/results/tuning/nvidia_h200). A stage of the widest tile is 48 KB, its
-# accumulator 128 registers a thread. A tile of BLOCK_M x BLOCK_N fetches (BLOCK_M + BLOCK_N) / (BLOCK_M * BLOCK_N) operand
-# elements for a multiply-add, and an SM takes in no more than 64 bytes a cycle: hence what the small ones lose.
+# The shares were measured on an H200 (bench/results/tuning/nvidia_h200). The accumulator of the widest tile is 128 registers
+# a thread. The smaller a tile, the more operand bytes for each multiply-add have to come from the L2, which is what limits
+# them; and all of them want nearly the whole shared memory as stages. Widths between the powers of two are there for shapes
+# that they make fill the last wave of programs.
 _MATMUL_TMA_TILES = (
-    _MatmulTile(128, 256, 8, 3, 1.0),
-    _MatmulTile(128, 128, 8, 4, 0.93),
-    _MatmulTile(128, 64, 8, 6, 0.82),
-    _MatmulTile(64, 64, 4, 6, 0.7),
+    _MatmulTile(128, 256, 128, 8, 3, 1.02),
+    _MatmulTile(128, 128, 128, 8, 5, 0.99, 64),
+    _MatmulTile(128, 128, 128, 8, 5, 0.95, 32),
+    _MatmulTile(128, 128, 128, 8, 6, 0.99),
+    _MatmulTile(128, 64, 128, 8, 7, 0.88, 32),
+    _MatmulTile(128, 64, 128, 8, 7, 0.84, 16),
+    _MatmulTile(64, 128, 256, 4, 4, 0.8),
+    _MatmulTile(64, 64, 128, 4, 6, 0.6),
 )
 _MATMUL_TILES = (
-    _MatmulTile(128, 128, 8, 3, 0.8),
-    _MatmulTile(64, 128, 4, 3, 0.67),
-    _MatmulTile(64, 64, 4, 4, 0.56),
+    _MatmulTile(128, 128, 128, 8, 3, 0.8),
+    _MatmulTile(64, 128, 128, 4, 3, 0.67),
+    _MatmulTile(64, 64, 128, 4, 4, 0.56),
 )
 # CUDA cores: operands and accumulator are registers, which limits the tile.
-_MATMUL_IEEE_TILES = (_MatmulTile(64, 64, 4, 3, 0.08), _MatmulTile(32, 32, 4, 3, 0.06))
+_MATMUL_IEEE_TILES = (_MatmulTile(64, 64, 64, 4, 3, 0.08), _MatmulTile(32, 32, 64, 4, 3, 0.06))
 
 
 def _matmul_microseconds(
@@ -635,12 +675,13 @@ def _matmul_microseconds(
 ) -> float:
     """Estimated time on an H200, to compare tiles and splits of K by; other GPUs differ by a factor that cancels.
 
-    Waves of programs, each with its flops at its share of the SM's 5.2 TFLOP/s and a microsecond to start and to end;
-    for a split, the reduction's launch and the float32 partial results, written and read at 3 TB/s.
+    Waves of programs, each with its flops at its share of the SM's 5.2 TFLOP/s and a microsecond and a half to start and to
+    end; for a split, the reduction's launch and the float32 partial results, written and read at 3 TB/s.
     """
-    programs = cdiv(M, tile.block_m) * cdiv(N, tile.block_n) * batches * split
-    flops = 2 * tile.block_m * tile.block_n * block_k * cdiv(cdiv(K, block_k), split)
-    product = cdiv(programs, sms) * (flops / (5.2e6 * tile.share) + 1.0)
+    width = tile.block_n + tile.block_n2
+    programs = cdiv(M, tile.block_m) * cdiv(N, width) * batches * split
+    flops = 2 * tile.block_m * width * block_k * cdiv(cdiv(K, block_k), split)
+    product = cdiv(programs, sms) * (flops / (5.2e6 * tile.share) + 1.5)
     return product if split == 1 else product + 2.0 + 8 * split * batches * M * N / 3e6
 
 
@@ -658,30 +699,35 @@ def _matmul_stream_config(
 ) -> _MatmulConfig:
     """A short side of at most 64 (decoding): bound by the stream of the longer operand.
 
-    One block covers the short side. The blocks of the long side are as long as still make a program for nearly every SM,
-    and their stages together keep about 100 KB per SM in flight: then the stream runs at the memory's rate, and needs no
-    second kernel for a split K.
+    One block covers the short side. With TMA, 32 rows or fewer are the short side of the tensor cores' tile too: the long
+    operand is the one that gives wgmma its 64 rows, and nothing is multiplied in vain. The stages of all programs on an SM
+    together take nearly all its shared memory: it is the bytes under way that make a stream fast, more than the number of
+    SMs that take part. K is split only where even so there is too little under way: the second kernel costs 2 us.
     """
     short_side, long_side = min(M, N), max(M, N)
     short = 16 if short_side <= 16 else 32 if short_side <= 32 else 64
-    if tma:
-        block_k = 256 // itemsize
-        # The short operand is fetched by every program: next to 64 rows, shorter blocks would be fed from the L2 too slowly.
-        length = 64 if short == 64 or 10 * cdiv(long_side, 64) * batches >= 9 * sms else 32
-        programs = cdiv(long_side, length) * batches
-        split = _matmul_split(programs, K, block_k, sms)
-        # a program alone on its SM has all the shared memory for its stages; else two share it
-        budget = (200 if programs * split <= sms else 100) * 1024
-        stages = min(10, budget // ((short + length) * block_k * itemsize))
-        stages += short < 64  # without wgmma the compiler keeps one buffer fewer than stages
-    else:
+    if not tma:
         # the pointers of a longer BLOCK_K would spill
         block_k = (128 if aligned else 64) // itemsize
-        length = 64
         stages = 3 if short == 64 or itemsize == 4 else 5
-        split = _matmul_split(cdiv(long_side, length) * batches, K, block_k, 2 * sms)
-    blocks = (short, length) if M <= N else (length, short)
-    return _MatmulConfig(*blocks, block_k, 4, stages, split_k=split)
+        split = _matmul_split(cdiv(long_side, 64) * batches, K, block_k, 2 * sms)
+        return _MatmulConfig(*((short, 64) if M <= N else (64, short)), block_k, 4, stages, split_k=split)
+    block_k = 256 // itemsize
+    short_blocks, long_blocks = (cdiv(long_side, length) * batches for length in (64, 128))
+    if short == 64:
+        # 64 x 64 as long as each has an SM of its own
+        length = 64 if short_blocks <= sms else 128
+    else:
+        # blocks of 64, but not a few more of them than there are SMs
+        length = 128 if short_blocks > sms >= long_blocks else 64
+    programs = cdiv(long_side, length) * batches
+    split = _matmul_split(programs, K, block_k, sms if K >= 8192 else sms // 2)
+    # a program alone on its SM has all the shared memory for its stages; else two share it
+    alone = programs * split <= sms or short == 64
+    stages = min(9, (196 if alone else 100) * 1024 // ((short + length) * block_k * itemsize))
+    swapped = short < 64 and M <= N
+    blocks = (length, short) if swapped or M > N else (short, length)
+    return _MatmulConfig(*blocks, block_k, 4, stages, split_k=split, swapped=swapped)
 
 
 @functools.lru_cache(4096)
@@ -704,27 +750,33 @@ def _matmul_config(
             return _matmul_stream_config(M, N, K, batches, itemsize, aligned, tma, sms)
         split = _matmul_split(cdiv(M, 32) * cdiv(N, 32) * batches, K, 32, 2 * sms)
         return _MatmulConfig(32, 32, 32, 4, 3, split_k=split)
-    # 128-byte rows are a swizzle atom. Without 16-byte loads every element has a pointer of its own: a shorter block leaves
-    # registers for them.
-    block_k = 16 if ieee else (128 if tma or aligned else 64) // itemsize
-    steps = cdiv(K, block_k)
+    # Without 16-byte loads every element has a pointer of its own: a shorter block leaves registers for them.
+    per_element = itemsize if tma or aligned or ieee else 2 * itemsize
     tiles = _MATMUL_IEEE_TILES if ieee else _MATMUL_TMA_TILES if tma else _MATMUL_TILES
-    splits = [s for s in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32) if s == 1 or 4 * s <= steps]
-    tile, split = min(
-        ((tile, split) for tile in tiles for split in splits),
-        key=lambda choice: _matmul_microseconds(M, N, K, batches, choice[0], block_k, choice[1], sms),
-    )
-    split = cdiv(steps, cdiv(steps, split))  # no part is empty
-    wide = tma and tile.block_n == 256
-    blocks = (tile.block_m, tile.block_n, block_k, tile.num_warps)
-    if wide and itemsize == 2 and split == 1:
+    best, least = _MatmulConfig(0, 0, 0, 0, 0), math.inf
+    for tile in tiles:
+        if batches > 1 and tile.row_bytes > 128:
+            continue  # batches are described for blocks of 128 bytes
+        block_k = tile.row_bytes // per_element
+        steps = cdiv(K, block_k)
+        for split in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32):
+            if split > 1 and 4 * split > steps:
+                break
+            time = _matmul_microseconds(M, N, K, batches, tile, block_k, split, sms)
+            if time < least:
+                # no part is empty
+                parts, least = cdiv(steps, cdiv(steps, split)), time
+                blocks = (tile.block_m, tile.block_n, block_k, tile.num_warps, tile.num_stages)
+                best = _MatmulConfig(*blocks, split_k=parts, block_n2=tile.block_n2)
+    if not (tma and best.block_n == 256):
+        return best
+    if itemsize == 2 and best.split_k == 1:
         # One program per SM that loops over the tiles, so that the next tile's loads run under this one's epilogue; stored in
         # halves, because a whole tile leaves no shared memory for the fourth stage. On an H200, against cuBLAS in the same
         # process: 1.02x at 8192^3, 1.01x at 4096^3; one program per tile gave 1.00x and 0.96x.
-        return _MatmulConfig(*blocks, 4, persistent=True, halves=True)
+        return best._replace(num_stages=4, persistent=True, halves=True)
     # The accumulator's 128 registers a thread leave few for an activation, and none for a float32 tile's store.
-    halves = wide and (activation != "none" or itemsize == 4)
-    return _MatmulConfig(*blocks, tile.num_stages, split_k=split, halves=halves)
+    return best._replace(halves=activation != "none" or itemsize == 4)
 
 
 def _matmul_precision(dtype: torch.dtype) -> str:
@@ -822,16 +874,16 @@ def _matmul_gemm(
             return
     itemsize = a.element_size()
     precision = _matmul_precision(a.dtype)
-    block_k = (
-        config.block_k if config is not None else (256 if min(M, N) <= 64 else 128) // itemsize
-    )  # of the TMA kernel
+    # what the TMA kernel's BLOCK_K will be, for batches
+    block_k = config.block_k if config is not None else (256 if min(M, N) <= 64 else 128) // itemsize
     tma = _matmul_tma_operands(a, w, precision, block_k) if capability(a.device) >= 90 else None
     if config is None:
         aligned = tma is not None or (K % 16 == 0 and _matmul_aligned(a) and _matmul_aligned(w))
         config = _matmul_config(M, N, K, B, itemsize, precision, aligned, tma is not None, activation, sms)
 
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    tiles = cdiv(M, block_m) * cdiv(N, block_n)
+    size_m, size_n = (N, M) if config.swapped else (M, N)  # of what the kernel computes
+    tiles = cdiv(size_m, block_m) * cdiv(size_n, block_n + config.block_n2)
     split = config.split_k
     k_split = cdiv(cdiv(K, block_k), split) * block_k
     partial = out if split == 1 else out.new_empty((split, NUMEL), dtype=torch.float32)
@@ -851,34 +903,40 @@ def _matmul_gemm(
     shared |= epilogue if split == 1 else {"HAS_BIAS": False, "ACTIVATION": "none", "STORE_Z": False}
     bias_arg, z_arg = (bias, z) if split == 1 else (None, None)
     if tma is not None:
-        a_tma, w_tma = tma
+        first, second = tma[::-1] if config.swapped else tma
         out_arg: Any = partial
+        box = (block_n, block_m) if config.swapped else (block_m, block_n // 2 if config.halves else block_n)
         # A store by descriptor ends at the last batch's edge only. z has out's shape, and both are new.
-        tma_store = split == 1 and N * itemsize % 16 == 0 and (B == 1 or M % block_m == 0) and B * M < 2**31
+        tma_store = split == 1 and N * itemsize % 16 == 0 and (B == 1 or M % box[0] == 0) and B * M < 2**31
+        tma_store = tma_store and config.block_n2 == 0
         if tma_store:
-            out_block = (block_m, block_n // 2 if config.halves else block_n)
-            out_arg = descriptor(out.view(B * M, N), out_block)
-            z_arg = None if z is None else descriptor(z.view(M, N), out_block)
+            out_arg = descriptor(out.view(B * M, N), box)
+            z_arg = None if z is None else descriptor(z.view(M, N), box)
         launch(
             _matmul_tma_kernel,
             (min(tiles * B, sms) if config.persistent else tiles * split * B,),
-            descriptor(a_tma.view, (block_m, block_k) if a_tma.k_major else (block_k, block_m)),
-            descriptor(w_tma.view, (block_n, block_k) if w_tma.k_major else (block_k, block_n)),
+            descriptor(first.view, (block_m, block_k) if first.k_major else (block_k, block_m)),
+            *(
+                descriptor(second.view, (width, block_k) if second.k_major else (block_k, width)) if width else None
+                for width in (block_n, config.block_n2)
+            ),
             bias_arg,
             out_arg,
             z_arg,
-            M,
-            N,
+            size_m,
+            size_n,
             K,
             k_split,
             B,
-            a_tma.batch_rows,
-            w_tma.batch_rows,
-            A_K_MAJOR=a_tma.k_major,
-            B_K_MAJOR=w_tma.k_major,
+            first.batch_rows,
+            second.batch_rows,
+            A_K_MAJOR=first.k_major,
+            B_K_MAJOR=second.k_major,
             TMA_STORE=tma_store,
             HALVES=config.halves,
             PERSISTENT=config.persistent,
+            BLOCK_N2=config.block_n2,
+            SWAPPED=config.swapped,
             BATCHED=B > 1,
             **shared,
         )
@@ -926,7 +984,7 @@ def _matmul_vector(
     z: torch.Tensor | None,
     epilogue: dict[str, Any],
     sms: int,
-    block: tuple[int, int, int] = (4, 1024, 4),
+    block: tuple[int, int, int] = (4, 512, 4),
 ) -> None:
     """out = activation(w @ x + bias): w (N, K) with contiguous rows, x (K,). `block`: BLOCK_N, BLOCK_K, warps (tuning)."""
     N, K = w.shape
