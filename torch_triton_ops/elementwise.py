@@ -35,8 +35,9 @@ from torch_triton_ops.launch import cdiv, launch, next_power_of_2
 def tile(B, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's tile of (A, B, M, N): a, b (scalars), m (BLOCK_M, 1), n (1, BLOCK_N), and of a contiguous tensor the
     offsets and the mask, both (BLOCK_M, BLOCK_N)."""
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
+    # not tl.cdiv, whose sum passes 2**31 for the last N below it
+    tiles_m, tiles_n = (M - 1) // BLOCK_M + 1, (N - 1) // BLOCK_N + 1
     row_of_tiles = pid // tiles_n
     outer = row_of_tiles // tiles_m
     # int64 from here on: a tensor may have more than 2**31 elements

@@ -288,9 +288,9 @@ for n in lesson.size((512, 2048), (1024, 4096, 8192)):
 
 # %% [markdown]
 # That is the honest form of the promise "1.5 to 3 times faster than PyTorch": not one operation, but a chain of them, and
-# not faster than a compiler that fuses, too. Small matrices stay in the 50 MiB of L2 between the kernels and gain
-# less or, where the time is that of starting three kernels, in another way. A kernel of your own pays where the compiler
-# does not see the chain, or cannot fuse it: lesson 6.
+# not faster than a compiler that fuses, too. Small matrices stay in the 50 MiB of L2 between the kernels, so that the
+# passes saved are cheap ones. A kernel of your own pays where the compiler does not see the chain, or cannot fuse it:
+# lesson 6.
 #
 # ## Reductions: many numbers to one
 #
