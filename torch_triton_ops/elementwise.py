@@ -62,7 +62,7 @@ def upcast(x, out_ptr):
 # --------------------------------------------------------------------------------------------------------------------
 
 _TILE = 1024  # elements of a program: 16 bytes of a half-precision input for each of 128 threads
-_FLAT = {count: (0, 0, 0, 1) * count for count in (1, 2, 3)}  # strides of contiguous inputs
+_FLAT = {count: (0, 0, 0, 1) * count for count in (1, 2, 3, 4)}  # strides of contiguous inputs
 
 _Layout = tuple[Sequence[int], tuple[int, ...]]  # shape, strides
 

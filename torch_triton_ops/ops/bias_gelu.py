@@ -316,7 +316,7 @@ def bias_gelu_samples(device: torch.device | str, dtype: torch.dtype) -> Iterato
     # several programs, several rows of partial sums
     yield Sample("M70_N300", (t(70, 300), t(300)), slow_in_interpreter=True)
     yield Sample("batch_2x3x40", (t(2, 3, 40), t(40, dtype=other)))
-    yield Sample("one_row_N1100", (t(1100), t(1100), "none"))
+    yield Sample("one_row", (t(33), t(33)))
     yield Sample("N1", (t(4, 1), t(1)))
     yield Sample("large_values", (t(4, 64) * 100, t(64)))
     yield Sample("large_values_erf", (t(4, 64) * 100, t(64), "none"))
