@@ -56,29 +56,9 @@ def _div_fwd_kernel(
 
 @triton.jit
 def _div_bwd_kernel(
-    dout_ptr,
-    x_ptr,
-    y_ptr,
-    dx_ptr,
-    dy_ptr,
-    B,
-    M,
-    N,
-    da,
-    db,
-    dm,
-    dn,
-    xa,
-    xb,
-    xm,
-    xn,
-    ya,
-    yb,
-    ym,
-    yn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dout_ptr, x_ptr, y_ptr, dx_ptr, dy_ptr, B, M, N, da, db, dm, dn, xa, xb, xm, xn, ya, yb, ym, yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """A gradient that is not wanted has no pointer, and without dy nor has x."""
     a, b, m, n, offs, mask = tile(B, M, N, BLOCK_M, BLOCK_N)
     dout = upcast(tl.load(dout_ptr + a * da + b * db + m * dm + n * dn, mask=mask), dout_ptr)  # (BLOCK_M, BLOCK_N)

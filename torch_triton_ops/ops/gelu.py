@@ -56,24 +56,9 @@ def _gelu_fwd_kernel(
 
 @triton.jit
 def _gelu_bwd_kernel(
-    dout_ptr,
-    x_ptr,
-    dx_ptr,
-    B,
-    M,
-    N,
-    da,
-    db,
-    dm,
-    dn,
-    xa,
-    xb,
-    xm,
-    xn,
-    TANH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dout_ptr, x_ptr, dx_ptr, B, M, N, da, db, dm, dn, xa, xb, xm, xn,
+    TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     a, b, m, n, offs, mask = tile(B, M, N, BLOCK_M, BLOCK_N)
     dout = upcast(tl.load(dout_ptr + a * da + b * db + m * dm + n * dn, mask=mask), dx_ptr)  # (BLOCK_M, BLOCK_N)
     x = upcast(tl.load(x_ptr + a * xa + b * xb + m * xm + n * xn, mask=mask), dx_ptr)
