@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_tutorial import catalog, charts, interpreted, pictures
 from triton_tutorial import lesson as framework
@@ -53,6 +54,11 @@ def product_kernel(a_ptr, b_ptr, c_ptr, sum_ptr, K, BLOCK: tl.constexpr):
         acc += tl.dot(a, b)
     tl.store(c_ptr + offs[:, None] * BLOCK + offs[None, :], acc)
     tl.store(sum_ptr, _sum_of(_sum_of(acc)))
+
+
+@triton.jit
+def box_kernel(x_desc, out_desc, BLOCK: tl.constexpr):
+    out_desc.store([tl.program_id(0) * BLOCK, 0], x_desc.load([tl.program_id(0) * BLOCK, 0]) * 2)
 
 
 def add(x: torch.Tensor, y: torch.Tensor, BLOCK_N: int = 32) -> torch.Tensor:
@@ -112,6 +118,18 @@ def test_interpreted_kernels_write_back_and_may_call_others() -> None:
         x, y = torch.randn(2, 1000).to(dtype)
         x[:4] = torch.tensor([float("inf"), float("nan"), 0.0, 3e38]).to(dtype)
         assert torch.equal(interpreted.call_op("tt::vector_add", x, y).nan_to_num(7), (x + y).nan_to_num(7))
+
+
+def test_descriptors_are_interpreted_and_recorded() -> None:
+    interpreted.install()
+    x, out = torch.randn(2, 40, 16)
+    with interpreted.tracing() as traces:
+        box_kernel[(3,)](*(TensorDescriptor.from_tensor(t, [16, 16]) for t in (x, out)), BLOCK=16)
+    assert torch.equal(out, 2 * x)
+    assert {(a.kind, a.tensor) for a in traces[0].accesses} == {("load", "x"), ("store", "out")}
+    with interpreted.recorded(90) as launches:
+        box_kernel[(3,)](*(TensorDescriptor.from_tensor(t.to("meta"), [16, 16]) for t in (x, out)), BLOCK=16)
+    assert [type(a).__name__ for a in launches[0].args] == ["Descriptor", "Descriptor"]
 
 
 def test_access_outside_a_tensor_is_named() -> None:

@@ -520,21 +520,21 @@ def _hook_builder(watch: _Watch) -> None:
     load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
     rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
 
-    def masked_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+    def masked_load(pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         watch.access("load", pointers, mask)
-        return load(pointers, mask, *rest)
+        return load(pointers, mask, *rest, **named)
 
-    def masked_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def masked_store(pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         watch.access("store", pointers, mask)
-        return store(pointers, value, mask, *rest)
+        return store(pointers, value, mask, *rest, **named)
 
-    def atomic_rmw(operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def atomic_rmw(operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         watch.access("atomic", pointers, mask)
-        return rmw(operation, pointers, value, mask, *rest)
+        return rmw(operation, pointers, value, mask, *rest, **named)
 
-    def atomic_cas(pointers: Any, *rest: Any) -> Any:
+    def atomic_cas(pointers: Any, *rest: Any, **named: Any) -> Any:
         watch.access("atomic", pointers, None)
-        return cas(pointers, *rest)
+        return cas(pointers, *rest, **named)
 
     def fp32(x: Any) -> Any:
         # the interpreter keeps bf16 as its bits and would multiply those
@@ -542,10 +542,10 @@ def _hook_builder(watch: _Watch) -> None:
             return x
         return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    def counted_dot(a: Any, b: Any, *rest: Any) -> Any:
+    def counted_dot(a: Any, b: Any, *rest: Any, **named: Any) -> Any:
         if watch.traces:
             watch.traces[-1].flops += 2 * a.data.size * b.data.shape[-1]
-        return dot(fp32(a), fp32(b), *rest)
+        return dot(fp32(a), fp32(b), *rest, **named)
 
     trunc = builder.create_fp_trunc
 
