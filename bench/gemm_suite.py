@@ -88,11 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.gemm_suite: no CUDA GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
-    from torch_triton_ops import spec
+    import torch_triton_ops
 
+    suite = Suite(run.select_ops(torch_triton_ops.specs(), ["linear"])[0])
     path = a.json or run.RESULTS / f"{record.slug(torch.cuda.get_device_name())}_gemm.json"
     try:
-        result = run.run([Suite(spec("linear"))], run.Options(a.case, ("eager",), a.rounds), path)
+        result = run.run([suite], run.Options(a.case, ("eager",), a.rounds), path)
     except run.GpuLost as lost:
         print(f"bench.gemm_suite: the GPU failed and nothing more can be measured here: {lost}", file=sys.stderr)
         return 1

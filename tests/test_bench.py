@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import check, peers, plot, record, run, timing
+import torch_triton_ops
+from bench import check, gemm_suite, peers, plot, record, run, timing
 from torch_triton_ops.cases import BenchCase, Cost
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -856,3 +857,36 @@ def test_a_lost_gpu_ends_the_run_and_keeps_what_was_measured(
     assert run.main(["--peers", "eager", "--json", str(path)]) == 1
     assert "illegal memory access" in capsys.readouterr().err
     assert {row["case"] for row in record.load(path)["rows"]} == {"64x32", "wide"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Layers of language models
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_gemm_suite_replaces_the_cases_of_linear():
+    (spec,) = run.select_ops(torch_triton_ops.specs(), ["linear"])
+    found = [case.id for _, case in run.walk([gemm_suite.Suite(spec)], "^16x")]
+    assert found == [f"16x{N}x{K}" for N, K in gemm_suite.shapes()]
+    assert len(found) == len(set(found)) == 14
+    (x, weight), _ = next(iter(gemm_suite.cases())).make("meta", torch.bfloat16)
+    assert spec.function("cost")(x, weight) == gemm_suite.Suite(spec).function("cost")(x, weight)
+
+
+def test_gemm_suite_geometric_means():
+    rows = [
+        {"impl": "tt", "case": "1x2x3", "ratio_to_best_peer": 0.5},
+        {"impl": "tt", "case": "16x2x3", "ratio_to_best_peer": 2.0},
+        {"impl": "tt", "case": "16x4x3", "error": "out of memory"},
+        {"impl": "eager", "case": "16x2x3"},
+    ]
+    means = gemm_suite.geomeans(rows)
+    assert list(means) == ["1", "16", "all"]
+    assert means["all"] == pytest.approx((1.0, 0.5, 2))
+    assert means["16"] == pytest.approx((2.0, 2.0, 1))
+
+
+def test_gemm_suite_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gemm_suite.main([]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err

@@ -887,7 +887,7 @@ def _matmul_gemm(
     split = config.split_k
     k_split = cdiv(cdiv(K, block_k), split) * block_k
     partial = out if split == 1 else out.new_empty((split, NUMEL), dtype=torch.float32)
-    shared = {
+    shared: dict[str, Any] = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
