@@ -341,8 +341,8 @@ def bias_gelu_bench_cases() -> Iterator[BenchCase]:
         x, bias = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((8192, 8192), (8192,)))
         return (x, bias, approximate), {}
 
-    for approximate, case in (("tanh", "8192x8192"), ("none", "8192x8192_erf")):
-        yield BenchCase(case, lambda d, t, approximate=approximate: make(approximate, d, t))
+    yield BenchCase("8192x8192", lambda device, dtype: make("tanh", device, dtype))
+    yield BenchCase("8192x8192_erf", lambda device, dtype: make("none", device, dtype))
 
 
 def bias_gelu_cost(x: torch.Tensor, bias: torch.Tensor, approximate: str = "tanh") -> Cost:

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 
 from torch_triton_ops.fusion import keep_reference
 from triton_tutorial.lesson import Lesson
@@ -705,7 +707,7 @@ def profile(scopes: dict[str, object], repeats: int = 5) -> dict[str, dict[str, 
 #
 # * elementwise chains with each other, whatever their length: the three chains of this lesson;
 # * elementwise work with the reduction before or after it, where both see the same rows;
-# * a random number generator into its consumer. It saves the mask for the backward all the same.
+# * a random number generator into its consumer.
 #
 # It does not, by default, fuse
 #
@@ -716,6 +718,37 @@ def profile(scopes: dict[str, object], repeats: int = 5) -> dict[str, dict[str, 
 # * across anything that it cannot look into: a custom op that is one node, a graph break, a collective.
 #
 # That is where to write kernels. Not for `(x + y) * z`: there the compiler is as good, and it is free.
+#
+# And one thing can be seen without a GPU: what a compiled forward hands to its backward. Before Inductor writes any
+# kernel, AOTAutograd divides the joint graph in two and decides what to save and what to compute again; numbers from a
+# generator cannot be computed again, so it saves the mask.
+
+
+# %%
+def saved_for_backward(function) -> str:
+    """What the forward graph returns besides its result, when torch.compile has divided the graph."""
+    forward: list[torch.fx.GraphModule] = []
+
+    def keep(module: torch.fx.GraphModule, inputs):
+        forward.append(module)
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    with lesson.on_cpu():
+        inputs = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in drop_inputs(64, 128)]
+    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*inputs)
+    (returned,) = forward[0].graph.find_nodes(op="output")
+    tensors = [node.meta["val"] for node in returned.args[0][1:]]
+    return ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors) or "nothing"
+
+
+lesson.say(
+    f"""
+    Saved by `residual + F.dropout(x + bias)` for a 64 x 128 input: {saved_for_backward(drop_eager)}. By
+    `torch.ops.tt.bias_dropout_residual`: {saved_for_backward(torch.ops.tt.bias_dropout_residual)}, the bias itself, which is
+    a parameter and there anyway; seed and offset are numbers.
+    """
+)
 
 # %%
 cap = 30.0
