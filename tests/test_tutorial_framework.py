@@ -180,6 +180,11 @@ def test_picture(tmp_path: Path) -> None:
     assert "add_kernel, grid (4,)" in text
     assert "program 3: elements 96..99" in text
     assert "400 bytes asked for, 400 distinct (each once), 28 lanes masked off" in text
+    with interpreted.tracing() as more:
+        half_add(torch.randn(100), torch.randn(100))  # two programs, one of which has work for half of its lanes
+        add_kernel[(5, 2)](torch.randn(100), torch.randn(100), torch.empty(100), 100, BLOCK_N=32)  # twice, and one idle
+    for i, _ in enumerate(more):
+        pictures.draw(more, tmp_path / f"more{i}.png", "addition", launch=i)
     for view in pictures.VIEWS:
         pictures.draw(traces, tmp_path / f"{view}.png", "addition", view=view)
         assert (tmp_path / f"{view}.png").stat().st_size > 5000

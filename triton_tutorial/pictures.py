@@ -379,12 +379,10 @@ def _colours(values: Sequence[Any], view: str) -> Callable[[Any], Any]:
     if view != "program":
         low, top = min(v[0] for v in values), max(v[0] for v in values)
         return lambda key: scale(0.12 + 0.74 * (key[0] - low) / max(1, top - low))
-    if len(values) <= len(PALETTE):
-        table = dict(zip(values, PALETTE, strict=False))
-        return lambda key: table[key]
     programs = {program for key in values for program in key}
     rows, columns = (sorted({program[axis] for program in programs}) for axis in (0, 1))
-    if 1 < len(rows) <= len(PALETTE) and len(columns) > 1 and all(program[2] == 0 for program in programs):
+    two = 1 < len(rows) <= len(PALETTE) and len(columns) > 1 and all(program[2] == 0 for program in programs)
+    if two and (len(values) > len(PALETTE) or any(len(key) > 1 for key in values)):
         # a grid of two dimensions: the hue says the first id, the lightness the second, grey that it is every first id
 
         def shade(key: Any) -> Any:
@@ -394,9 +392,12 @@ def _colours(values: Sequence[Any], view: str) -> Callable[[Any], Any]:
             return tuple(c + (1 - c) * white for c in base)
 
         return shade
+    if len(values) <= len(PALETTE):
+        table = dict(zip(values, PALETTE, strict=False))
+        return lambda key: table.get(key, MUTED)
     # neighbours far apart, by the golden ratio, over the part of the scale that is not too light
     table = {v: scale(0.05 + 0.8 * ((0.618034 * i) % 1.0)) for i, v in enumerate(values)}
-    return lambda key: table[key]
+    return lambda key: table.get(key, MUTED)
 
 
 def _legend(
