@@ -156,6 +156,13 @@ def start() -> None:
         _state.child = _Child()
 
 
+def stop() -> None:
+    """End the child, if there is one; the next launch starts another."""
+    if _state.child is not None:
+        _state.child.stop()
+        _state.child = None
+
+
 @contextlib.contextmanager
 def recorded(target: int) -> Iterator[list[Any]]:
     """Collect launches on meta tensors, `kernel[grid]` and `launch` alike, as `torch_triton_ops.launch.Launch`es."""
@@ -383,11 +390,12 @@ class _Child:
             stdin=subprocess.DEVNULL,
         )
         theirs.close()
-        self.connection = ours
+        self.connection, self.parent = ours, os.getpid()
         atexit.register(self.stop)
 
     def dead(self) -> bool:
-        return self.process.poll() is not None
+        # a fork of its parent may use it, and cannot ask whether it has ended
+        return os.getpid() == self.parent and self.process.poll() is not None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
