@@ -242,7 +242,10 @@ def _paint(
 
     plt = charts.style()
     values = sorted({key for panel in panels for key in panel.keys.values()}, key=lambda key: (len(key), key))
-    colour = _colours(values, view)
+    idle = {(program,) for panel in panels for program in panel.off.values()} - set(
+        values
+    )  # all of whose lanes are masked
+    colour = _colours([*values, *sorted(idle)], view)
     side_by_side = sum(p.columns for p in panels) <= 200 and max(p.rows for p in panels) > 8
     widest, tallest = max(p.columns for p in panels), max(p.rows for p in panels)
     cell = max(0.06, min(0.24, 9.4 / (sum(p.columns for p in panels) if side_by_side else widest)))
