@@ -5,7 +5,6 @@ Exit status: 0 done and right; 1 something is wrong that the message names (a fa
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import os
@@ -303,8 +302,6 @@ def run(
     status = run_lesson(chosen_lesson, options)
     if status == 0:
         remember(lambda found: found.record_run(chosen_lesson))
-        if chosen_lesson.exercises and not check_only:
-            say(f"\nexercises: {NAME} check {chosen_lesson.number}", "dim")
     return status
 
 
@@ -394,7 +391,8 @@ def check(
         todo = [exercises.find(lesson, name)] if name else exercises.of_lesson(lesson)
         if not todo:
             raise TutorialError(f"lesson {lesson.number} has no exercises; run it with: {NAME} run {lesson.number}")
-    results = check_some(todo, device.value, go_on=all_ or json_, quiet=json_)
+    with Checking(device.value, quiet=json_) as checking:
+        results = check_some(todo, checking, go_on=all_ or json_)
     right = all(result["status"] == "passed" for result in results)
     if json_:
         print_json(results)
@@ -403,11 +401,32 @@ def check(
     return 0 if right else 1
 
 
-def check_some(todo: Sequence[Exercise], device: str, go_on: bool, quiet: bool) -> list[dict[str, Any]]:
+class Checking:
+    """The process that checks, started when there is something to check and kept for the next time."""
+
+    def __init__(self, device: str, quiet: bool) -> None:
+        self.device, self.quiet = device, quiet
+        self.checker: exercises.Checker | None = None
+
+    def check(self, exercise: Exercise) -> Outcome:
+        if self.checker is None:
+            self.checker = exercises.Checker(self.device, quiet=self.quiet)
+        return self.checker.check(exercises.Job.of(exercise))
+
+    def __enter__(self) -> Checking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.checker is not None:
+            self.checker.close()
+
+
+def check_some(todo: Sequence[Exercise], checking: Checking, go_on: bool) -> list[dict[str, Any]]:
     """Check, report and remember. Stops after the first that does not pass unless `go_on`."""
     results: list[dict[str, Any]] = []
-
-    def add(exercise: Exercise, status: str, outcome: Outcome | None = None) -> None:
+    for exercise in todo:
+        outcome = checking.check(exercise) if exercise.start() else None
+        status = "not started" if outcome is None else ("passed" if outcome.passed else "failed")
         results.append(
             {
                 "lesson": exercise.lesson.number,
@@ -419,28 +438,13 @@ def check_some(todo: Sequence[Exercise], device: str, go_on: bool, quiet: bool) 
                 "device": outcome.device if outcome else "",
             }
         )
-        if not quiet:
+        if not checking.quiet:
             report(exercise, status, outcome)
-
-    edited = []
-    for exercise in todo:
-        if exercise.start():
-            edited.append(exercise)
-        elif not go_on:
+        if outcome is not None:
+            number, name, passed = exercise.lesson.number, exercise.name, outcome.passed
+            remember(lambda found, n=number, e=name, p=passed: found.record_check(n, e, p))
+        if status != "passed" and not go_on:
             break
-    outcomes = exercises.run_checks([exercises.Job.of(e) for e in edited], device, quiet=quiet)
-    with contextlib.closing(outcomes):
-        for exercise in todo:
-            if exercise not in edited:
-                add(exercise, "not started")
-            else:
-                outcome = next(outcomes)
-                add(exercise, "passed" if outcome.passed else "failed", outcome)
-                passed = outcome.passed
-                number, name = exercise.lesson.number, exercise.name
-                remember(lambda found, n=number, e=name, p=passed: found.record_check(n, e, p))
-            if results[-1]["status"] != "passed" and not go_on:
-                break
     return results
 
 
@@ -564,18 +568,20 @@ def watch(
     todo = [exercises.find(lesson, name)] if name else exercises.of_lesson(lesson)
     if not todo:
         raise TutorialError(f"lesson {lesson.number} has no exercises; run it with: {NAME} run {lesson.number}")
-    while True:
-        seen = {exercise: _stamp(exercise.copy) for exercise in todo}
-        results = check_some(todo, device.value, go_on=False, quiet=False)
-        if all(result["status"] == "passed" for result in results):
-            _congratulate(todo)
-            return 0
-        seen = {exercise: seen[exercise] or _stamp(exercise.copy) for exercise in todo}
-        say(f"\nwatching {todo[0].copy.parent}; save to check again, Ctrl-C to stop", "dim")
-        # asking a handful of files for their time costs nothing, works on every filesystem and needs no package
-        while all(_stamp(exercise.copy) == seen[exercise] for exercise in todo):
-            time.sleep(0.25)
-        say()
+    with Checking(device.value, quiet=False) as checking:
+        while True:
+            for exercise in todo:
+                exercise.start()
+            seen = {exercise: _stamp(exercise.copy) for exercise in todo}
+            results = check_some(todo, checking, go_on=False)
+            if all(result["status"] == "passed" for result in results):
+                _congratulate(todo)
+                return 0
+            say(f"\nwatching {todo[0].copy.parent}; save to check again, Ctrl-C to stop", "dim")
+            # asking a handful of files for their time costs nothing, works on every filesystem and needs no package
+            while all(_stamp(exercise.copy) in (seen[exercise], None) for exercise in todo):
+                time.sleep(0.25)
+            say()
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:
@@ -674,7 +680,7 @@ def explain(
     stage: Annotated[
         str | None, typer.Option(help="Print this stage whole instead: ttir, ttgir, ptx or sass, of the first target.")
     ] = None,
-    lines: Annotated[int, typer.Option(min=1, help="Lines of each excerpt.")] = 10,
+    lines: Annotated[int, typer.Option(min=1, help="Lines of each excerpt.")] = 12,
     json_: JsonFlag = False,
 ) -> int:
     """Look into an op without a GPU: schema, graph, TTIR, PTX, SASS, registers, spills, shared memory, occupancy."""
@@ -690,6 +696,9 @@ def explain(
         print_json(found.as_json())
     elif stage:
         for kernel in found.kernels:
+            if stage not in kernel.code:
+                warn(f"{kernel.kernel} has no {stage}: it is written in Gluon, which begins at ttgir")
+                continue
             print(f"// {kernel.kernel}, sm_{kernel.target}, case {found.case} {found.dtype}")
             print(kernel.code[stage])
     else:
@@ -758,7 +767,7 @@ def _show_explanation(found: Any, targets: Sequence[int], lines: int) -> None:
             for advisory in kernel.advisories:
                 say(f"  sm_{kernel.target}: ptxas {advisory}: it serialises the wgmma instructions", "red")
         first = own[0]
-        for stage in ("ttir", "ptx", "sass"):
+        for stage in ("ttir" if "ttir" in first.code else "ttgir", "ptx", "sass"):
             say(
                 f"  {stage.upper()}, sm_{first.target}, {len(first.code[stage].splitlines())} lines; the telling ones:",
                 "bold",

@@ -30,7 +30,7 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +102,8 @@ def assert_close(
         finite = want[want.isfinite()].abs()
         scale = max(1.0, float(finite.max())) if finite.numel() else 1.0
         error = (got - want).abs()
-        wrong = ~(error <= rtol * want.abs() + atol * scale) & (got != want) & ~(got.isnan() & want.isnan())
+        near = (error <= rtol * want.abs() + atol * scale) & want.isfinite()
+        wrong = ~(near | (got == want) | (got.isnan() & want.isnan()))
     else:
         error = (got.double() - want.double()).abs()
         wrong = got != want
@@ -288,40 +289,56 @@ class Outcome:
     seconds: float = 0.0
 
 
-def run_checks(
-    jobs: Sequence[Job], device: str = "auto", timeout: float = TIMEOUT, quiet: bool = False
-) -> Generator[Outcome, None, None]:
-    """Run checks in another process, one outcome for each job as it comes. device: auto, cpu (interpreter) or cuda."""
-    if not jobs:
-        return
-    read, write = os.pipe()
-    environment = child_environment()
-    order = json.dumps({"jobs": [asdict(job) for job in jobs], "device": device, "timeout": timeout, "results": write})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "triton_tutorial.exercises", order],
-        env=environment,
-        pass_fds=[write],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL if quiet else None,
-        stderr=subprocess.PIPE if quiet else None,
-    )
-    os.close(write)
-    count = 0
-    try:
-        with os.fdopen(read, encoding="utf-8") as results:
-            for line in results:
-                answer = json.loads(line)
-                if "refused" in answer:
-                    raise TutorialError(answer["refused"])
-                yield Outcome(**answer)
-                count += 1
-        if count < len(jobs):
-            status = process.wait()
+class Checker:
+    """A process that checks, one job after another: it imports torch once, and forks for each job.
+
+    device: auto, cpu (Triton's interpreter) or cuda. quiet: what the checked file prints is dropped.
+    """
+
+    def __init__(self, device: str = "auto", timeout: float = TIMEOUT, quiet: bool = False) -> None:
+        read, write = os.pipe()
+        order = json.dumps({"device": device, "timeout": timeout, "results": write})
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "triton_tutorial.exercises", order],
+            env=child_environment(),
+            pass_fds=[write],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL if quiet else None,
+            stderr=subprocess.DEVNULL if quiet else None,
+            start_new_session=True,  # one group, which `close` ends: the server, its job, the interpreter
+            text=True,
+        )
+        os.close(write)
+        self.results = os.fdopen(read, encoding="utf-8")
+
+    def check(self, job: Job) -> Outcome:
+        """Run one check. Raises TutorialError where none can run."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: why, it has written
+            self.process.stdin.write(json.dumps(asdict(job)) + "\n")
+            self.process.stdin.flush()
+        line = self.results.readline()
+        if not line:
+            status = self.process.wait()
             raise TutorialError(f"the checks' process ended with status {status}; try: triton-tutorial doctor")
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.communicate()
+        answer = json.loads(line)
+        if "refused" in answer:
+            raise TutorialError(answer["refused"])
+        return Outcome(**answer)
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.results.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()  # type: ignore[union-attr]
+
+    def __enter__(self) -> Checker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def child_environment(**changes: str) -> dict[str, str]:
@@ -340,7 +357,7 @@ def child_environment(**changes: str) -> dict[str, str]:
 
 
 def _serve(order: dict[str, Any]) -> None:
-    """Import torch once, then fork for each job: no job sees another's modules, ops or crash."""
+    """Answer jobs from stdin. Import torch once, then fork for each: no job sees another's modules, ops or crash."""
     results = os.fdopen(order["results"], "w", encoding="utf-8")
 
     def answer(value: dict[str, Any]) -> None:
@@ -349,39 +366,37 @@ def _serve(order: dict[str, Any]) -> None:
 
     # asks NVML whether there is a GPU; asking CUDA would start it here, and a fork could not use it
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small
     os.environ.pop("TRITON_INTERPRET", None)  # `interpreted` does that, without breaking torch.compile
     if order["device"] == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        import triton  # noqa: F401
+        import triton
+        import triton.language  # noqa: F401
     except ImportError as error:
         answer({"refused": f"Triton cannot be imported ({error}); install it with: pip install 'triton>=3.6'"})
         return
     import torch
 
+    import torch_triton_ops.launch  # noqa: F401 - what every job would import again after its fork
     from triton_tutorial import interpreted
 
+    # memory that is not written to holds NaN, not what a run before left there
+    torch.set_deterministic_debug_mode("warn")
     cuda = torch.cuda.is_available()
     if order["device"] == "cuda" and not cuda:
         answer({"refused": "this machine has no CUDA GPU that torch can use; leave out --device cuda"})
         return
     if not cuda:
         interpreted.install()
-    for job in order["jobs"]:
+    for line in sys.stdin:
         if not cuda:
-            interpreted.start()  # before the fork, so that all jobs share it
-        outcome, clean = _in_fork(Job(**job), order["timeout"])
+            # before the fork, so that all jobs share one interpreter, and its start is no job's time
+            interpreted.call_op("vector_add", torch.zeros(1), torch.zeros(1))
+        outcome, clean = _in_fork(Job(**json.loads(line)), order["timeout"])
         if not (cuda or clean):
-            _restart_interpreter()
+            interpreted.stop()  # it may be busy with what the dead job asked
         answer(asdict(outcome))
-
-
-def _restart_interpreter() -> None:
-    """The next `start` starts another: this one may be busy with what a dead job asked."""
-    from triton_tutorial import interpreted
-
-    if interpreted._state.child is not None:
-        interpreted._state.child.stop()
 
 
 def _in_fork(job: Job, timeout: float) -> tuple[Outcome, bool]:
@@ -394,6 +409,7 @@ def _in_fork(job: Job, timeout: float) -> tuple[Outcome, bool]:
     if worker == 0:
         try:
             os.close(read)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # stdin brings the jobs
             with os.fdopen(write, "w", encoding="utf-8") as out:
                 out.write(json.dumps(asdict(_run(job))))
             sys.stdout.flush()
@@ -429,8 +445,6 @@ def _run(job: Job) -> Outcome:
     from triton_tutorial import interpreted
 
     torch.manual_seed(0)
-    # memory that is not written to holds NaN, not what a run before left there
-    torch.use_deterministic_algorithms(True, warn_only=True)
     file, on = Path(job.file), device()
     module = checks = None
     traces: list[Any] = []

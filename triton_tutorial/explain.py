@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import operator
 import re
 import subprocess
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +32,7 @@ from triton_tutorial.catalog import TutorialError
 # threads, 32-bit registers, bytes of shared memory and blocks of one SM; bytes that the driver keeps of a block's shared memory
 SM_LIMITS = {80: (2048, 65536, 164 * 1024, 32), 90: (2048, 65536, 228 * 1024, 32), 100: (2048, 65536, 228 * 1024, 32)}
 RESERVED_SHARED = 1024
+SM_COUNTS = {80: 108, 90: 132, 100: 148}
 GPUS = {80: "A100", 90: "H100, H200", 100: "B200"}
 
 # what of an assembly text tells most; the order is that of the table
@@ -79,7 +83,7 @@ class KernelView:
     limiter: str
     advisories: tuple[str, ...]
     instructions: dict[str, int]
-    code: dict[str, str] = field(repr=False)  # by stage
+    code: dict[str, str] = field(repr=False)  # by stage; a Gluon kernel has no TTIR
 
 
 @dataclass(frozen=True)
@@ -242,14 +246,16 @@ class _NamedTarget:
 
 @contextlib.contextmanager
 def _compiling_for(target: int) -> Iterator[None]:
+    """Triton and our launchers take this machine's GPU for one of `target`."""
     from triton.runtime import driver
 
-    previous = driver.__dict__.get("_active")
+    previous, properties = driver.__dict__.get("_active"), tt_launch._properties
     driver.set_active(_NamedTarget(target))
+    tt_launch._properties = lambda index: (target, SM_COUNTS[target])  # type: ignore[assignment]
     try:
         yield
     finally:
-        driver.__dict__["_active"] = previous
+        driver.__dict__["_active"], tt_launch._properties = previous, properties
 
 
 def graph(spec: OpSpec, case: Any, target: int) -> str:
@@ -263,10 +269,9 @@ def graph(spec: OpSpec, case: Any, target: int) -> str:
         graphs.append(gm)
         return gm.forward
 
-    # while a launch is recorded, a launcher asks the target, not the machine; an opaque op's launcher is not called
-    asking = tt_launch.recording(target) if spec.visibility == "triton" else contextlib.nullcontext()
+    failure = ""
     try:
-        with asking, _compiling_for(target), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with _compiling_for(target), _quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             args, kwargs = case.make("cuda", case.dtype)
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
 
@@ -275,38 +280,56 @@ def graph(spec: OpSpec, case: Any, target: int) -> str:
                 return spec.op(*(next(rest) if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
 
             aot_function(call, fw_compiler=keep)(*tensors)
-    except Exception as error:
-        return f"not available with torch {torch.__version__}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return "\n".join(readable(graphs[0]))
+    except Exception as error:  # also after the graph was made: its inputs hold nothing that could be written back
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return "\n".join(readable(graphs[0])) if graphs else f"not available with torch {torch.__version__}: {failure}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's log of a kernel that it cannot analyse: the graph shows what it presumes, that all is written."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
 
 
 def readable(module: torch.fx.GraphModule) -> list[str]:
-    """One line for each node: name, dtype and shape, what is called. Kernels by name, with their outputs."""
-    lines = []
+    """One line for each node: name, dtype and shape, what is called. Kernels by name, with what they write."""
+    lines: list[str] = []
+    names: dict[Any, str] = {}
+
+    def text(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(text, value))}]"
+        return names.get(value, str(value)) if isinstance(value, torch.fx.Node) else str(value)
+
     for node in module.graph.nodes:
+        names[node] = node.name
         if node.op == "placeholder":
-            lines.append(f"{node.name}: {_shape(node)}")
+            names[node] = f"arg{sum(line.startswith('arg') for line in lines)}"
+            lines.append(f"{names[node]}: {_shape(node)}")
         elif node.op == "output":
-            lines.append(f"return {', '.join(str(a) for a in _flat(node.args[0]))}")
+            lines.append(f"return {', '.join(map(text, _flat(node.args[0])))}")
         elif "triton_kernel_wrapper" in str(node.target):
             from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-            name = getattr(getattr(kernel, "fn", kernel), "__name__", str(kernel))
-            given = ", ".join(f"{k}={v}" for k, v in node.kwargs["kwargs"].items())
-            grid = node.kwargs["grid"][0]
-            writes = ", ".join(node.kwargs.get("tensors_to_clone", ()))
-            lines.append(
-                f"{node.name} = triton {name}[{', '.join(map(str, grid))}]({given}), writes {writes or 'nothing'}"
-            )
+            kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            names[node] = f"launch{sum(line.startswith('launch') for line in lines)}"
+            given = ", ".join(f"{key}={text(value)}" for key, value in node.kwargs["kwargs"].items())
+            grid = ", ".join(map(str, node.kwargs["grid"][0]))
+            writes = ", ".join(node.kwargs.get("tensors_to_clone", ())) or "nothing"
+            lines.append(f"{names[node]} = triton {kernel.fn.__name__}[{grid}]({given}), writes {writes}")
+        elif node.target is operator.getitem:
+            lines.append(f"{node.name}: {_shape(node)} = {text(node.args[0])}[{node.args[1]}]")
         else:
-            target = (
-                str(node.target)
-                if not callable(node.target) or hasattr(node.target, "_schema")
-                else node.target.__name__
-            )
-            given = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items() if v is not None)])
-            lines.append(f"{node.name}: {_shape(node)} = {target}({given})")
+            named = {key: value for key, value in node.kwargs.items() if key not in ("pin_memory", "memory_format")}
+            given = ", ".join([*map(text, node.args), *(f"{key}={text(value)}" for key, value in named.items())])
+            lines.append(f"{node.name}: {_shape(node)} = {node.target}({given})")
     return lines
 
 
@@ -348,7 +371,7 @@ def _view(recorded: tt_launch.Launch, target: int) -> KernelView:
         limiter=limiter,
         advisories=compiled.advisories,
         instructions=count(sass),
-        code={**{stage: asm[stage] for stage in ("ttir", "ttgir", "ptx")}, "sass": sass},
+        code={**{stage: asm[stage] for stage in ("ttir", "ttgir", "ptx") if stage in asm}, "sass": sass},
     )
 
 
