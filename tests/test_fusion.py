@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import torch_triton_ops  # noqa: F401  (registers the ops)
 from torch_triton_ops import fusion, offline
+from torch_triton_ops import launch as tt_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 tt = torch.ops.tt
@@ -145,3 +148,25 @@ def test_a_new_seed_is_no_new_kernel():
 
     assert kernels(1, 2, 16, 12345) == 1
     assert kernels(1, 2**40) == 2  # 32 and 64 bits
+
+
+@pytest.mark.skipif(tt_launch.INTERPRET, reason="the interpreter replaces the compiler")
+@pytest.mark.parametrize("shape", [(300, 4096), (5, 33)])
+def test_symbolic_sizes_stay_out_of_the_constexprs(shape):
+    """Under dynamic shapes a comparison of sizes is symbolic, too, and a kernel cannot be compiled for it."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def symbolic(*sizes):
+        context = StatelessSymbolicContext([DimDynamic.DYNAMIC] * len(sizes))
+        return mode.from_tensor(torch.empty(sizes, device="meta"), symbolic_context=context)
+
+    x, bias = symbolic(*shape), symbolic(shape[1])
+    with mode, tt_launch.recording(90) as recorded:
+        tt.dropout(x.t(), 0.1, 1)
+        tt.bias_gelu_bwd(x, x, bias, "tanh", [True, True])
+        tt.bias_dropout_residual(x, bias, x, 0.1, 1)
+        tt.bias_dropout_residual_bwd(x, bias, 0.1, 1, 0, torch.float32, [True, True])
+        tt.fused_add_mul_bwd(x, x, x, bias)
+    assert len(recorded.launches) == 7
+    for launch in recorded.launches:
+        assert all(type(c) in (int, float, bool) for c in launch.constexprs.values()), launch

@@ -176,7 +176,7 @@ def _tile(M: int, N: int, elements: int, width: int) -> dict[str, int]:
     else:
         block_n = width if width // 2 < N else max(next_power_of_2(N), 8)
         block_m = elements // block_n
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": M == 1 or N % 8 == 0}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": bool(M == 1 or N % 8 == 0)}
 
 
 def bias_dropout_residual(

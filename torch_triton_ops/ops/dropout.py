@@ -108,7 +108,7 @@ def dropout(x: torch.Tensor, p: float, seed: int, offset: int = 0) -> torch.Tens
         offset,
         THRESHOLD=drop_threshold(p),
         SCALE=keep_scale(p),
-        GROUPED=M == 1 or N % 8 == 0,
+        GROUPED=bool(M == 1 or N % 8 == 0),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=4,
