@@ -8,10 +8,12 @@ A reduction of any dims of a tensor of any strides becomes one or more reduction
 
 Two kernels cover it: `_reduce_rows_kernel` where neighbouring elements are reduced, `_reduce_columns_kernel` where they
 are kept. Few outputs with long reductions are split in S parts, whose results a second, tiny launch reduces: the order
-of all additions is fixed, so results are equal bit by bit, and no atomics are needed.
+of all additions is fixed, so results are equal bit by bit, and no atomics are needed. The tiles of a reduction are dealt to its
+parts in turn, so that what is read at one time lies together in memory.
 
 Accumulation: fp32 for floating dtypes, int64 for integers. Every element of a tile has its own accumulator, and these
-meet in a tree: a chain of additions is as long as the loop, some dozens, not as the reduction.
+meet in a tree: a chain of additions is as long as the loop, some dozens, not as the reduction. The sums of the parts, which
+are few, are added in fp64.
 
 It knows no op: the ops are in `ops/sum.py`, `mean.py`, `amax.py`, `amin.py`, `argmax.py`, `cumsum.py`.
 """
@@ -21,11 +23,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_triton_ops.errors import bad_argument
 from torch_triton_ops.launch import cdiv, launch, next_power_of_2, sm_count
@@ -182,20 +184,26 @@ def _ordered_view(x: torch.Tensor, dims: Sequence[int]) -> View:
 # Plans
 # --------------------------------------------------------------------------------------------------------------------
 
-# 64 bytes a thread in flight, in programs of at most 8 warps.
-_TILE_BYTES = 16384
-# A reduction of fewer programs than this for each multiprocessor is split, into about so many.
-_FULL, _PARTS = 4, 32
-_COLUMN_TILE_BYTES, _COLUMN_PARTS = 8192, 16
+# Elements of a tile, warps. Rows that fill the GPU: a warp walks along its row, and no warp waits for another. Split rows: long
+# tiles, 32 elements a thread.
+_ROW_TILE, _PART_TILE = (1024, 1), (8192, 8)
+_COLUMN_TILE_BYTES = 4096  # a warp's
+# A reduction of fewer programs than _FULL for each multiprocessor is split, into about _PARTS for each.
+_FULL, _PARTS, _COLUMN_PARTS = 4, 16, 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Blocks of a launch. `parts` programs share a reduction, `chunk` elements (a multiple of BLOCK_N) each."""
+    """Blocks of a launch. `parts` programs share a reduction: part s begins at s * chunk, and takes tiles `step` apart.
+
+    They end before s * chunk + span, and before N.
+    """
 
     programs: int  # without the parts
     parts: int
     chunk: int
+    step: int
+    span: int
     config: dict[str, int]  # BLOCK_N, BLOCK_R or BLOCK_K, num_warps
 
 
@@ -203,34 +211,54 @@ def _block(n: int, most: int) -> int:
     return most if n >= most else next_power_of_2(n)
 
 
-def _split(N: int, programs: int, BLOCK_N: int, least: int, wanted: int, sms: int) -> tuple[int, int]:
-    """(parts, chunk)."""
-    if programs >= _FULL * sms or least >= N:
-        return 1, N
-    parts = cdiv(wanted * sms, programs)
-    chunk = max(cdiv(cdiv(N, parts), BLOCK_N) * BLOCK_N, least)
-    return cdiv(N, chunk), chunk
+def whole_plan(view: View, programs: int, config: dict[str, int]) -> Plan:
+    """One part."""
+    return Plan(programs, 1, view.N, config["BLOCK_N"], view.N, config)
 
 
-def plan_rows(view: View) -> Plan:
+def contiguous_plan(view: View, programs: int, parts: int, config: dict[str, int]) -> Plan:
+    """At most `parts` parts of consecutive elements."""
+    BLOCK_N = config["BLOCK_N"]
+    # an odd number of tiles: parts a power of two apart would meet in the same channels of memory
+    chunk = (cdiv(cdiv(view.N, parts), BLOCK_N) | 1) * BLOCK_N
+    return Plan(programs, cdiv(view.N, chunk), chunk, BLOCK_N, chunk, config)
+
+
+def dealt_plan(view: View, programs: int, parts: int, config: dict[str, int]) -> Plan:
+    """At most `parts` parts that take tiles in turn."""
+    BLOCK_N = config["BLOCK_N"]
+    parts = min(parts, cdiv(view.N, BLOCK_N))
+    return Plan(programs, parts, BLOCK_N, parts * BLOCK_N, view.N, config)
+
+
+def plan_rows(view: View, contiguous: bool = False) -> Plan:
     """Tiles (BLOCK_R, BLOCK_N) of rows whose elements are neighbours. Short rows share a program."""
-    itemsize, R = view.x.element_size(), view.M * view.K
-    BLOCK_N = _block(view.N, _TILE_BYTES // itemsize)
+    R, sms = view.M * view.K, sm_count(view.x.device)
+    tile, num_warps = _PART_TILE
+    if _FULL * sms > R and tile < view.N:
+        parts = cdiv(_PARTS * sms, R)
+        config = {"BLOCK_R": 1, "BLOCK_N": tile, "num_warps": num_warps}
+        return (contiguous_plan if contiguous else dealt_plan)(view, R, parts, config)
+    tile, num_warps = _ROW_TILE
+    if _FULL * sms > R:
+        tile, num_warps = 4 * tile, 4 * num_warps  # too few rows for a warp each
+    BLOCK_N = _block(view.N, tile)
     BLOCK_R = max(1, 512 // BLOCK_N)  # 16 elements a thread: rows of odd strides need an address for each
-    num_warps = max(1, min(8, BLOCK_R * BLOCK_N * itemsize // 2048))
-    programs = cdiv(R, BLOCK_R)
-    parts, chunk = _split(view.N, programs, BLOCK_N, 2 * BLOCK_N, _PARTS, sm_count(view.x.device))
-    return Plan(programs, parts, chunk, {"BLOCK_R": BLOCK_R, "BLOCK_N": BLOCK_N, "num_warps": num_warps})
+    config = {"BLOCK_R": BLOCK_R, "BLOCK_N": BLOCK_N, "num_warps": max(1, num_warps * BLOCK_N // tile)}
+    return whole_plan(view, cdiv(R, BLOCK_R), config)
 
 
-def plan_columns(view: View) -> Plan:
-    """Tiles (BLOCK_N, BLOCK_K) of neighbouring columns."""
-    itemsize = view.x.element_size()
-    BLOCK_K = _block(view.K, 256 // itemsize)
+def plan_columns(view: View, contiguous: bool = False) -> Plan:
+    """Tiles (BLOCK_N, BLOCK_K) of neighbouring columns, a warp each: no thread needs another's numbers where K is large."""
+    itemsize, sms = view.x.element_size(), sm_count(view.x.device)
+    BLOCK_K = _block(view.K, 512 // itemsize)
     BLOCK_N = _block(view.N, _COLUMN_TILE_BYTES // itemsize // BLOCK_K)
+    config = {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 1}
     programs = view.M * cdiv(view.K, BLOCK_K)
-    parts, chunk = _split(view.N, programs, BLOCK_N, 4 * BLOCK_N, _COLUMN_PARTS, sm_count(view.x.device))
-    return Plan(programs, parts, chunk, {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 4})
+    if programs >= _FULL * sms or view.N <= 4 * BLOCK_N:
+        return whole_plan(view, programs, config)
+    parts = min(cdiv(_COLUMN_PARTS * sms, programs), cdiv(view.N, 4 * BLOCK_N))
+    return (contiguous_plan if contiguous else dealt_plan)(view, programs, parts, config)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -282,7 +310,12 @@ def _finish(acc, identity, count, axis: tl.constexpr, OP: tl.constexpr):
     else:
         out = tl.sum(acc, axis=axis)
         if OP == "mean":
-            out = tl.div_rn(out, tl.cast(count, tl.float32))
+            if acc.dtype == tl.float64:
+                out = (out / tl.cast(count, tl.float64)).to(tl.float32)
+            else:
+                out = tl.div_rn(out, tl.cast(count, tl.float32))
+        elif acc.dtype == tl.float64:
+            out = out.to(tl.float32)
     return out
 
 
@@ -296,42 +329,52 @@ def _reduce_rows_kernel(
     K,
     S,
     chunk,
+    step,
+    span,
     count,
     stride_xm,
     stride_xn,
     stride_xk,
     OP: tl.constexpr,
+    JOIN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """BLOCK_R rows r = m * K + k of x, part s of S of each; out (R, S)."""
-    ACC: tl.constexpr = tl.float32 if x_ptr.dtype.element_ty.is_floating() else tl.int64
+    """BLOCK_R rows r = m * K + k of x, part s of S of each; out (R, S). JOIN: x holds the sums of parts, added in fp64."""
+    FLOAT: tl.constexpr = tl.float64 if JOIN else tl.float32
+    ACC: tl.constexpr = FLOAT if x_ptr.dtype.element_ty.is_floating() else tl.int64
     pid = tl.program_id(0)
     pid_s = (pid % S).to(tl.int64)
     offs_r = (pid // S).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
     offs_n = tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     mask_r = offs_r < R
     start = pid_s * chunk
-    length = tl.minimum(N - start, chunk).to(tl.int32)  # a part has fewer than 2**31 elements
+    end = tl.minimum(start + span, N)
+    # whole tiles need no mask along N, so that they are read 16 bytes at a time whatever N is
+    whole = tl.cdiv(tl.maximum(end - start - BLOCK_N + 1, 0), step).to(tl.int32)
     rows_ptr = x_ptr + (offs_r // K) * stride_xm + (offs_r % K) * stride_xk + start * stride_xn  # (BLOCK_R,)
     ptrs = rows_ptr[:, None] + offs_n[None, :].to(tl.int64) * stride_xn  # (BLOCK_R, BLOCK_N)
+    if PDL:
+        gdc_wait()
     if OP == "ties":
         y = tl.load(y_ptr + offs_r, mask=mask_r)[:, None].to(ACC)
     identity = _identity(BLOCK_R, BLOCK_N, ACC, OP)
     acc = identity
-    # whole tiles need no mask along N, so that they are read 16 bytes at a time whatever N is
-    whole = length // BLOCK_N * BLOCK_N
-    for n in range(0, whole, BLOCK_N):
-        x = tl.load(ptrs + tl.cast(n, tl.int64) * stride_xn, mask=mask_r[:, None], other=0).to(ACC)
+    for i in range(whole):
+        x = tl.load(ptrs + tl.cast(i, tl.int64) * step * stride_xn, mask=mask_r[:, None], other=0).to(ACC)
         if OP == "ties":
             x = (x == y).to(ACC)
         acc = _accumulate(acc, x, OP)
-    if whole < length:
-        mask = mask_r[:, None] & (offs_n < length - whole)[None, :]
-        x = tl.load(ptrs + whole.to(tl.int64) * stride_xn, mask=mask, other=0).to(ACC)
+    left = end - start - whole.to(tl.int64) * step
+    if left > 0:
+        mask = mask_r[:, None] & (offs_n < left)[None, :]
+        x = tl.load(ptrs + whole.to(tl.int64) * step * stride_xn, mask=mask, other=0).to(ACC)
         if OP == "ties":
             x = (x == y).to(ACC)
         acc = _accumulate(acc, tl.where(mask, x, identity), OP)
+    if PDL:
+        gdc_launch_dependents()
     out = _finish(acc, identity, count, 1, OP)  # (BLOCK_R,)
     tl.store(out_ptr + offs_r * S + pid_s, out.to(out_ptr.dtype.element_ty), mask=mask_r)
 
@@ -345,16 +388,21 @@ def _reduce_columns_kernel(
     K,
     S,
     chunk,
+    step,
+    span,
     count,
     stride_xm,
     stride_xn,
     stride_xk,
     OP: tl.constexpr,
+    JOIN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """BLOCK_K columns of one m, part s of S of each; out (M, S, K)."""
-    ACC: tl.constexpr = tl.float32 if x_ptr.dtype.element_ty.is_floating() else tl.int64
+    """BLOCK_K columns of one m, part s of S of each; out (M, S, K). JOIN: x holds the sums of parts, added in fp64."""
+    FLOAT: tl.constexpr = tl.float64 if JOIN else tl.float32
+    ACC: tl.constexpr = FLOAT if x_ptr.dtype.element_ty.is_floating() else tl.int64
     pid = tl.program_id(0)
     blocks = tl.cdiv(K, BLOCK_K)
     pid_s = (pid // blocks % S).to(tl.int64)
@@ -363,19 +411,24 @@ def _reduce_columns_kernel(
     offs_n = tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     mask_k = offs_k < K
     start = pid_s * chunk
-    length = tl.minimum(N - start, chunk).to(tl.int32)
+    end = tl.minimum(start + span, N)
     part_ptr = x_ptr + pid_m * stride_xm + start * stride_xn
     ptrs = part_ptr + offs_n[:, None].to(tl.int64) * stride_xn + offs_k[None, :] * stride_xk  # (BLOCK_N, BLOCK_K)
+    if PDL:
+        gdc_wait()
     if OP == "ties":
         y = tl.load(y_ptr + pid_m * K + offs_k, mask=mask_k)[None, :].to(ACC)
     identity = _identity(BLOCK_N, BLOCK_K, ACC, OP)
     acc = identity
-    for n in range(0, length, BLOCK_N):
-        mask = (offs_n < length - n)[:, None] & mask_k[None, :]
-        x = tl.load(ptrs + tl.cast(n, tl.int64) * stride_xn, mask=mask, other=0).to(ACC)
+    for i in range(tl.cdiv(end - start, step).to(tl.int32)):
+        tile = tl.cast(i, tl.int64) * step
+        mask = (offs_n < end - start - tile)[:, None] & mask_k[None, :]
+        x = tl.load(ptrs + tile * stride_xn, mask=mask, other=0).to(ACC)
         if OP == "ties":
             x = (x == y).to(ACC)
         acc = _accumulate(acc, tl.where(mask, x, identity), OP)
+    if PDL:
+        gdc_launch_dependents()
     out = _finish(acc, identity, count, 0, OP)  # (BLOCK_K,)
     tl.store(out_ptr + (pid_m * S + pid_s) * K + offs_k, out.to(out_ptr.dtype.element_ty), mask=mask_k)
 
@@ -420,40 +473,48 @@ def reduce(op: str, x: torch.Tensor, dims: Sequence[int], out: torch.Tensor) -> 
             x, dims = rest, [kept.index(d) for d in dims if d in kept]
 
 
-def _reduce_view(op: str, view: View, y: torch.Tensor | None, out: torch.Tensor, count: int) -> None:
-    x, M, N, K = view.x, view.M, view.N, view.K
-    strides = view.stride_m, view.stride_n, view.stride_k
-    columns = view.has_columns
-    plan = plan_columns(view) if columns else plan_rows(view)
-    S = plan.parts
-    grid = (plan.programs * S,)
-    part = out if S == 1 else out.new_empty((M, S, K) if columns else (M * K, S), dtype=accumulation_dtype(x.dtype))
-    part_op = op if S == 1 else _PARTIAL[op]
-    if columns:
-        args: tuple[Any, ...] = (x, y, part, N, K, S, plan.chunk, count, *strides)
-        launch(_reduce_columns_kernel, grid, *args, OP=part_op, **plan.config)
-    else:
-        args = (x, y, part, M * K, N, K, S, plan.chunk, count, *strides)
-        launch(_reduce_rows_kernel, grid, *args, OP=part_op, **plan.config)
-    if S > 1:
-        joined = View(part, M, S, K, S * K, K, 1) if columns else View(part, M * K, S, 1, S, 1, 0)
-        _reduce_view(_JOIN[op], joined, None, out, count)
+def _reduce_view(
+    op: str, view: View, y: torch.Tensor | None, out: torch.Tensor, count: int, join: bool = False
+) -> None:
+    plan = plan_columns(view) if view.has_columns else plan_rows(view)
+    if plan.parts == 1:
+        _launch(op, view, plan, y, out, count, join)
+        return
+    parts = _parts(view, plan)
+    _launch(_PARTIAL[op], view, plan, y, parts, count, join)
+    _reduce_view(_JOIN[op], joined_view(view, plan, parts), None, out, count, join=_PARTIAL[op] not in ("max", "min"))
 
 
 def reduce_parts(view: View, plan: Plan) -> torch.Tensor:
     """The sums of the parts that `plan` divides each row (column) of `view` into: (M * K, S), of columns (M, S, K)."""
-    S, strides = plan.parts, (view.stride_m, view.stride_n, view.stride_k)
-    dtype = accumulation_dtype(view.x.dtype)
-    grid = (plan.programs * S,)
-    if view.has_columns:
-        out = view.x.new_empty((view.M, S, view.K), dtype=dtype)
-        args: tuple[Any, ...] = (view.x, None, out, view.N, view.K, S, plan.chunk, 1, *strides)
-        launch(_reduce_columns_kernel, grid, *args, OP="sum", **plan.config)
-    else:
-        out = view.x.new_empty((view.M * view.K, S), dtype=dtype)
-        args = (view.x, None, out, view.M * view.K, view.N, view.K, S, plan.chunk, 1, *strides)
-        launch(_reduce_rows_kernel, grid, *args, OP="sum", **plan.config)
-    return out
+    parts = _parts(view, plan)
+    _launch("sum", view, plan, None, parts, 1, False)
+    return parts
+
+
+def _parts(view: View, plan: Plan) -> torch.Tensor:
+    """Memory for a number for each part, in the accumulation dtype."""
+    shape = (view.M, plan.parts, view.K) if view.has_columns else (view.M * view.K, plan.parts)
+    return view.x.new_empty(shape, dtype=accumulation_dtype(view.x.dtype))
+
+
+def joined_view(view: View, plan: Plan, parts: torch.Tensor) -> View:
+    """The parts of `view`, to be reduced."""
+    M, S, K = view.M, plan.parts, view.K
+    return View(parts, M, S, K, S * K, K, 1) if view.has_columns else View(parts, M * K, S, 1, S, 1, 0)
+
+
+def _launch(op: str, view: View, plan: Plan, y: torch.Tensor | None, out: torch.Tensor, count: int, join: bool) -> None:
+    N, K, S = view.N, view.K, plan.parts
+    launch(
+        _reduce_columns_kernel if view.has_columns else _reduce_rows_kernel,
+        (plan.programs * S,),
+        *(view.x, y, out, *(() if view.has_columns else (view.M * K,)), N, K, S),
+        *(plan.chunk, plan.step, plan.span, count, view.stride_m, view.stride_n, view.stride_k),
+        OP=op,
+        JOIN=join,
+        **plan.config,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -543,7 +604,7 @@ def extremum_bwd(
         return
     view = _ordered_view(x, wide)
     x, M, N, K = view.x, view.M, view.N, view.K
-    if K == 1 and view.stride_n == 1 and N * x.element_size() <= 2 * _TILE_BYTES:
+    if K == 1 and view.stride_n == 1 and N * x.element_size() <= 32768:
         BLOCK_N = next_power_of_2(N)
         BLOCK_M = max(1, 1024 // BLOCK_N)
         config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": max(1, min(16, BLOCK_M * BLOCK_N // 1024))}

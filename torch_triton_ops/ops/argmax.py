@@ -38,6 +38,7 @@ from torch_triton_ops.reductions import (
     accumulation_dtype,
     check_dims,
     check_not_empty,
+    joined_view,
     plan_columns,
     plan_rows,
     reduced_shape,
@@ -191,26 +192,24 @@ def _argmax_columns_kernel(
 
 
 def _argmax_view(view: View, index: torch.Tensor | None, out: torch.Tensor) -> None:
-    x, M, N, K = view.x, view.M, view.N, view.K
-    columns = view.has_columns
-    plan = plan_columns(view) if columns else plan_rows(view)
-    S = plan.parts
+    N, K, columns = view.N, view.K, view.has_columns
+    # the first of equals is in the first part that has one
+    plan = (plan_columns if columns else plan_rows)(view, contiguous=True)
     value, part = None, out
-    if S > 1:
-        shape = (M, S, K) if columns else (M * K, S)
-        value, part = out.new_empty(shape, dtype=accumulation_dtype(x.dtype)), out.new_empty(shape)
-    sizes = (N, K, S, plan.chunk) if columns else (M * K, N, K, S, plan.chunk)
+    if plan.parts > 1:
+        shape = (view.M, plan.parts, K) if columns else (view.M * K, plan.parts)
+        value, part = out.new_empty(shape, dtype=accumulation_dtype(view.x.dtype)), out.new_empty(shape)
     launch(
         _argmax_columns_kernel if columns else _argmax_rows_kernel,
-        (plan.programs * S,),
-        *(x, index, value, part, *sizes, view.stride_m, view.stride_n, view.stride_k),
+        (plan.programs * plan.parts,),
+        *(view.x, index, value, part, *(() if columns else (view.M * K,)), N, K, plan.parts, plan.chunk),
+        *(view.stride_m, view.stride_n, view.stride_k),
         HAS_INDEX=index is not None,
         HAS_VALUE=value is not None,
         **plan.config,
     )
     if value is not None:
-        joined = View(value, M, S, K, S * K, K, 1) if columns else View(value, M * K, S, 1, S, 1, 0)
-        _argmax_view(joined, part, out)
+        _argmax_view(joined_view(view, plan, value), part, out)
 
 
 def argmax(x: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:

@@ -34,7 +34,16 @@ import triton.language as tl
 
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.launch import cdiv, launch, next_power_of_2, sm_count
-from torch_triton_ops.reductions import Plan, View, accumulation_dtype, check_dims, reduce_parts, scan_view
+from torch_triton_ops.reductions import (
+    Plan,
+    View,
+    accumulation_dtype,
+    check_dims,
+    contiguous_plan,
+    reduce_parts,
+    scan_view,
+    whole_plan,
+)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -219,30 +228,32 @@ def _cumsum_columns_kernel(
 
 # Below _FULL programs for each multiprocessor rows are divided, into about _PARTS programs for each, at most _MOST parts.
 _FULL, _PARTS, _MOST = 2, 8, 1024
+_ROW_TILE, _LINE, _ROW_WARPS = 1024, 64, 1
+_COLUMN_TILE_BYTES = 4096
 
 
 def _plan(view: View) -> tuple[Plan, dict[str, int]]:
     """How the parts are summed, and the blocks of the scan."""
-    N, K, R = view.N, view.K, view.M * view.K
-    if view.has_columns:
-        BLOCK_K = min(64, next_power_of_2(K))
-        BLOCK_N = 32 if N >= 32 else next_power_of_2(N)
-        scan, programs = {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 4}, view.M * cdiv(K, BLOCK_K)
-        blocks = {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 4}
+    N, K, R, itemsize = view.N, view.K, view.M * view.K, view.x.element_size()
+    if view.has_columns:  # a warp walks down its columns: no thread needs another's numbers where K is large
+        BLOCK_K = min(512 // itemsize, next_power_of_2(K))
+        most = min(32, _COLUMN_TILE_BYTES // itemsize // BLOCK_K)
+        BLOCK_N = most if N >= most else next_power_of_2(N)
+        scan = {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 1}
+        blocks = scan
+        programs = view.M * cdiv(K, BLOCK_K)
     else:
-        BLOCK_N = 1024 if N >= 1024 else next_power_of_2(N)
-        W = min(64, BLOCK_N)
+        BLOCK_N = _ROW_TILE if N >= _ROW_TILE else next_power_of_2(N)
+        W = min(_LINE, BLOCK_N)
         BLOCK_R = max(1, 512 // BLOCK_N)
-        num_warps = max(1, BLOCK_R * BLOCK_N // 512)
+        num_warps = max(1, _ROW_WARPS * BLOCK_N // _ROW_TILE)
         scan = {"BLOCK_R": BLOCK_R, "L": BLOCK_N // W, "W": W, "num_warps": num_warps}
         programs = cdiv(R, BLOCK_R)
         blocks = {"BLOCK_R": BLOCK_R, "BLOCK_N": BLOCK_N, "num_warps": num_warps}
-    sms, parts, chunk = sm_count(view.x.device), 1, N
+    sms = sm_count(view.x.device)
     if programs < _FULL * sms and N > 4 * BLOCK_N:
-        parts = min(cdiv(_PARTS * sms, programs), _MOST)
-        chunk = max(cdiv(cdiv(N, parts), BLOCK_N), 2) * BLOCK_N
-        parts = cdiv(N, chunk)
-    return Plan(programs, parts, chunk, blocks), scan
+        return contiguous_plan(view, programs, min(cdiv(_PARTS * sms, programs), _MOST), blocks), scan
+    return whole_plan(view, programs, blocks), scan
 
 
 def _scan(x: torch.Tensor, dim: int, out: torch.Tensor, reverse: bool) -> None:
