@@ -25,11 +25,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import importlib
 import json
 import math
+import multiprocessing
+import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -1863,6 +1865,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def run_job(arguments: list[str], log: str) -> None:
+    """One process of `--jobs`: `main(arguments)`, what it prints goes to the file `log`."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.exit(main(arguments))
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Spares the processes started inside a second run of this one's main module."""
+    main_module = sys.modules["__main__"]
+    spec, file = main_module.__spec__, main_module.__dict__.pop("__file__", None)
+    main_module.__spec__ = None
+    try:
+        yield
+    finally:
+        main_module.__spec__ = spec
+        if file is not None:
+            main_module.__file__ = file
+
+
 def _reports(
     specs: Sequence[registry.OpSpec], device: torch.device, dtypes: Sequence[torch.dtype] | None, options: Any
 ) -> Iterator[tuple[registry.OpSpec, Report, float]]:
@@ -1874,26 +1898,38 @@ def _reports(
             yield spec, report, time.perf_counter() - start
         return
 
+    # Most of a process's time would go into imports: they are forked from one that has imported everything (and never
+    # touched a GPU). Inductor's own worker processes would only compete with ours.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    ops = [spec.module.__name__ for spec in specs]
+    context.set_forkserver_preload(["torch_triton_ops.testing", "torch._inductor.compile_fx", *ops])
+    job = importlib.import_module("torch_triton_ops.testing").run_job  # not __main__'s
+
     def run(spec: registry.OpSpec, dtype: torch.dtype, i: int, n: int, folder: str) -> tuple[list[CheckResult], float]:
         start = time.perf_counter()
         name = str(dtype).removeprefix("torch.")
         results = Path(folder) / f"{spec.name}-{name}-{i}.json"
-        command = [sys.executable, "-m", "torch_triton_ops.testing", "--op", spec.name, "--dtype", name]
-        command += ["--part", str(i), str(n)]
-        command += ["--device", str(device), "--results", str(results)]
-        command += [word for check in options.check or () for word in ("--check", check)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_JOB_SECONDS)
-            why = f"the process ended with {done.returncode}: {done.stderr[-2000:]}"
-        except subprocess.TimeoutExpired:
+        log = results.with_suffix(".log")
+        arguments = ["--op", spec.qualname, "--dtype", name, "--part", str(i), str(n)]
+        arguments += ["--device", str(device), "--results", str(results)]
+        arguments += [word for check in options.check or () for word in ("--check", check)]
+        process = context.Process(target=job, args=(arguments, str(log)))
+        process.start()
+        process.join(_JOB_SECONDS)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
             why = f"the process was stopped after {_JOB_SECONDS} s: a kernel that hangs, or too little time"
+        else:
+            why = f"the process ended with {process.exitcode}: {log.read_text()[-2000:] if log.is_file() else ''}"
         if results.is_file():
             found = [CheckResult(*row) for row in json.loads(results.read_text())]
         else:
             found = [CheckResult("process", f"{dtype_name(dtype)} part {i} of {n}", False, why)]
         return found, time.perf_counter() - start
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+    with _without_main(), tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         owner: dict[Future[tuple[list[CheckResult], float]], registry.OpSpec] = {}
         for spec in sorted(specs, key=lambda spec: -len(samples_of(spec, "cpu", spec.dtypes[0]))):  # the longest first
             parts = -(-len(samples_of(spec, "cpu", spec.dtypes[0])) // _JOB_SAMPLES)
