@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import linecache
 import runpy
@@ -310,6 +311,21 @@ def test_a_measuring_run(lesson: Lesson, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert lesson.figure("add", "blocks", case="100").value == pytest.approx(12 * 100 / 10e-6 / 1e12, abs=1e-4)
     assert "half" in lesson.failures[0]
     assert "10.0 us" in capsys.readouterr().out
+
+
+def test_lessons_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    mine = framework._Turn(str(tmp_path / "lock"))
+    with open(tmp_path / "lock", "a") as theirs:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with mine.left():
+            fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(theirs, fcntl.LOCK_UN)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with framework._Turn("").left():
+        pass
 
 
 def test_record(tmp_path: Path) -> None:

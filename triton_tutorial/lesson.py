@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import datetime
 import difflib
+import fcntl
 import functools
 import inspect
 import json
@@ -79,6 +80,31 @@ class Figure:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class _Turn:
+    """This process's turn on the GPU, where several lessons are recorded at once: all its work there is done in it.
+
+    path: a file that they lock; without one, it is always this process's turn.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.file = open(path, "a") if path else None  # noqa: SIM115 - held as long as the lesson runs
+        if self.file is not None:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    @contextlib.contextmanager
+    def left(self) -> Iterator[None]:
+        """Inside, another lesson may use the GPU: this one only compiles or interprets."""
+        if self.file is None:
+            yield
+            return
+        torch.cuda.synchronize()
+        fcntl.flock(self.file, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+
+
 class Lesson:
     """One run of one lesson.
 
@@ -108,6 +134,7 @@ class Lesson:
         torch.manual_seed(self.options.seed)
         interpreted.install()
         interpreted.start()  # on a GPU too: for the address picture and the bug
+        self.turn = _Turn(os.environ.get("TRITON_TUTORIAL_GPU_LOCK", "") if self.timing else "")
         if self.timing:
             self._measure_limits()
         self._tell()
@@ -150,7 +177,8 @@ class Lesson:
         device, gpu = self.device, self.gpu
         self.device, self.gpu = torch.device("cpu"), False
         try:
-            yield
+            with self.turn.left():
+                yield
         finally:
             self.device, self.gpu = device, gpu
 
@@ -252,7 +280,7 @@ class Lesson:
             each = [calls() for _ in range(sets)]
             return [functools.partial(_outputs, call) for call in each]
 
-        rounds, budget = (7, 20.0) if self.options.bench else (3, 10.0)
+        rounds, budget = (7, 15.0) if self.options.bench else (3, 10.0)
         timer, reason = timing.make_timer(prepare, budget)
         times = [timer.measure() for _ in range(rounds)]
         row = _rate(statistics.median(times), nbytes, flops, self.header["copy_tbps"], self.header["matmul_tflops"])
@@ -260,6 +288,7 @@ class Lesson:
         if timer.method != "graph":
             row |= {"method": timer.method} | ({"why": reason} if reason else {})
         timer.release()
+        torch.cuda.empty_cache()  # what is cached is not free: the next timer would rotate through fewer inputs
         return row
 
     def table(
@@ -314,16 +343,17 @@ class Lesson:
             return
         bound = {"tbps": "copy_tbps", "tflops": "matmul_tflops"}.get(measure) if limit else None
         try:
-            if kind == "lines":
-                series: dict[str, list[tuple[str, float]]] = {}
-                for row in rows:
-                    series.setdefault(row["name"], []).append((row["case"], row[measure]))
-                grey = list(dict.fromkeys(r["name"] for r in rows if r.get("baseline")))
-                charts.lines(series, found[1], title, path, measure, xlabel, grey)
-            else:
-                wanted = case if case is not None else rows[-1]["case"]
-                rows = [r for r in rows if r["case"] == wanted]
-                charts.bars(rows, found[1], title, path, measure, found[1].get(bound) if bound else None)
+            with self.turn.left():
+                if kind == "lines":
+                    series: dict[str, list[tuple[str, float]]] = {}
+                    for row in rows:
+                        series.setdefault(row["name"], []).append((row["case"], row[measure]))
+                    grey = list(dict.fromkeys(r["name"] for r in rows if r.get("baseline")))
+                    charts.lines(series, found[1], title, path, measure, xlabel, grey)
+                else:
+                    wanted = case if case is not None else rows[-1]["case"]
+                    rows = [r for r in rows if r["case"] == wanted]
+                    charts.bars(rows, found[1], title, path, measure, found[1].get(bound) if bound else None)
         except ImportError as error:
             self._out.note(f"{path.name} is not drawn ({error}): pip install 'torch-triton-ops[tutorials]'")
             return
@@ -610,7 +640,8 @@ class Problem:
             with interpreted.recorded(target) as launches:
                 function(*inputs)
             unique = {offline.specialisation(launch): launch for launch in launches}
-            made = [offline.compile_launch(launch, target) for launch in unique.values()]
+            with self.lesson.turn.left():
+                made = [offline.compile_launch(launch, target) for launch in unique.values()]
         except Exception as error:
             self.lesson._fail(f"{self.name}: {name}: not compiled for sm_{target}: {_one_line(error)}")
             return {}
@@ -698,7 +729,8 @@ class Problem:
         path = lesson._picture_path(name)
         if path is not None:
             try:
-                pictures.draw(traces, path, title or f"{self.name}, {_label(case)}", **options)
+                with lesson.turn.left():
+                    pictures.draw(traces, path, title or f"{self.name}, {_label(case)}", **options)
             except ImportError as error:
                 lesson._out.note(f"{path.name} is not drawn ({error}): pip install 'torch-triton-ops[tutorials]'")
                 return traces

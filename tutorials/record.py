@@ -5,8 +5,8 @@
     python tutorials/record.py --unpack FILE            elsewhere: take such a file over into tutorials/results/
     python tutorials/record.py --draw                   draw all figures again from the records; needs no GPU
 
-Lessons run one after another, since timings must not disturb each other. A lesson that fails or runs out of time leaves
-the record that was there, and the exit status is 1.
+Several lessons run at a time, but take turns on the GPU (a lock file), so that no timing is disturbed: while one measures, the
+others compile. A lesson that fails or runs out of time leaves the record that was there, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TUTORIALS = Path(__file__).resolve().parent
 RESULTS = TUTORIALS / "results"
-LESSON_S = 110  # seconds, at most, for one lesson
+LESSON_S = 300  # seconds, at most, for one lesson, its waits for the GPU included
 
 
 def lesson_files(wanted: list[int]) -> list[Path]:
@@ -65,25 +66,34 @@ def take_over(folder: Path, names: list[str]) -> Path:
     return target
 
 
-def record(files: list[Path], tar: Path | None, budget_s: float, size: str) -> int:
-    """Run `files` on the GPU within `budget_s` seconds; the exit status."""
+def record(files: list[Path], tar: Path | None, budget_s: float, size: str, jobs: int) -> int:
+    """Run `files` on the GPU within `budget_s` seconds, `jobs` at a time; the exit status."""
     started, good, bad = time.monotonic(), [], []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for file in files:
+        folder = Path(temporary, "records")
+        folder.mkdir()
+        os.environ["TRITON_TUTORIAL_GPU_LOCK"] = str(Path(temporary, "gpu.lock"))
+
+        def one(file: Path) -> tuple[str, str, float]:
             name = file.name[: len("lesson_00")]
             begun = time.monotonic()
             left = budget_s - (begun - started)
             options = ["--device", "cuda", "--bench", "--size", size, "--json", str(folder / f"{name}.json")]
             problem = run(file, folder, options, min(LESSON_S, left)) if left > 5 else "no time left"
-            (bad if problem else good).append(name)
-            print(f"{name}: {time.monotonic() - begun:.0f} s {problem or 'recorded'}", flush=True)
+            return name, problem, time.monotonic() - begun
+
+        with ThreadPoolExecutor(jobs) as pool:
+            # the later lessons are the longer ones
+            for name, problem, seconds in pool.map(one, reversed(files)):
+                (bad if problem else good).append(name)
+                print(f"{name}: {seconds:.0f} s {problem or 'recorded'}", flush=True)
         if tar is not None:
             with tarfile.open(tar, "w:gz") as archive:
                 for file in sorted(folder.iterdir()):
                     archive.add(file, f"{'failed' if file.name[: len('lesson_00')] in bad else 'good'}/{file.name}")
         elif good:
             print(f"records and figures are in {take_over(folder, good)}")
+    print(f"{len(good)} of {len(files)} lessons recorded in {time.monotonic() - started:.0f} s")
     return 1 if bad else 0
 
 
@@ -131,12 +141,13 @@ def main() -> int:
         "--draw", action="store_true", help="draw the figures again from the records, and do nothing else"
     )
     parser.add_argument("--budget", type=float, default=600, metavar="S", help="seconds for all lessons (default: 600)")
+    parser.add_argument("--jobs", type=int, default=3, metavar="N", help="lessons at a time (default: 3)")
     parser.add_argument("--size", choices=("small", "full"), default="full")
     options = parser.parse_args()
     if options.unpack:
         return unpack(options.unpack)
     files = lesson_files(options.lessons)
-    return draw(files) if options.draw else record(files, options.tar, options.budget, options.size)
+    return draw(files) if options.draw else record(files, options.tar, options.budget, options.size, options.jobs)
 
 
 if __name__ == "__main__":
