@@ -324,6 +324,8 @@ def test_lessons_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             fcntl.flock(theirs, fcntl.LOCK_UN)
         with pytest.raises(BlockingIOError):
             fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine.end()
+        fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with framework._Turn("").left():
         pass
 

@@ -91,6 +91,13 @@ class _Turn:
         if self.file is not None:
             fcntl.flock(self.file, fcntl.LOCK_EX)
 
+    def end(self) -> None:
+        """Let the next one in; a forked compile worker may hold the file open for longer."""
+        if self.file is not None:
+            torch.cuda.synchronize()
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+            self.file = None
+
     @contextlib.contextmanager
     def left(self) -> Iterator[None]:
         """Inside, another lesson may use the GPU: this one only compiles or interprets."""
@@ -453,6 +460,7 @@ class Lesson:
 
     def finish(self) -> None:
         """The rest of the prose, the exercises, the record; status 1 for a script with a failure in it."""
+        self.turn.end()
         if self.script and not self.quiet:
             self._tell_until(float("inf"))
         if self.options.json:
