@@ -28,6 +28,8 @@ import triton.language as tl
 # Random numbers
 # --------------------------------------------------------------------------------------------------------------------
 
+_CHUNK = 2**24  # elements whose numbers the reference computes at a time: some hundred bytes each
+
 
 def drop_threshold(p: float) -> int:
     """Drop an element whose 16-bit number is below this: p to the nearest multiple of 2**-16. Only p = 1 drops all."""
@@ -51,10 +53,15 @@ def philox_words(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tup
     return c0, c1, c2, c3
 
 
-def philox_reference(seed: int, offset: int, numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The 16-bit numbers of elements 0 to numel - 1 as int64 `(numel,)`, in plain torch. seed, offset: 0 to 2**63 - 1."""
+def philox_reference(
+    seed: int, offset: int, numel: int, first: int = 0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The 16-bit numbers of `numel` elements from number `first`, a multiple of 8, as int64 `(numel,)`, in plain torch.
+
+    seed, offset: 0 to 2**63 - 1.
+    """
     mask = 0xFFFFFFFF
-    group = torch.arange((numel + 7) // 8, device=device)
+    group = torch.arange(first // 8, (first + numel + 7) // 8, device=device)
     stream = (torch.full_like(group, offset & mask), torch.full_like(group, offset >> 32))
     words = torch.stack(philox_words((group & mask, group >> 32, *stream), (seed & mask, seed >> 32)), -1)
     return torch.stack((words & 0xFFFF, words >> 16), -1).view(-1)[:numel]
@@ -62,7 +69,11 @@ def philox_reference(seed: int, offset: int, numel: int, device: torch.device | 
 
 def keep_reference(x: torch.Tensor, p: float, seed: int, offset: int) -> torch.Tensor:
     """Bool of x's shape: the elements that dropout keeps."""
-    return (philox_reference(seed, offset, x.numel(), x.device) >= drop_threshold(p)).view(x.shape)
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    for first in range(0, kept.numel(), _CHUNK):
+        part = kept.view(-1)[first : first + _CHUNK]
+        part.copy_(philox_reference(seed, offset, part.numel(), first, x.device) >= drop_threshold(p))
+    return kept
 
 
 @triton.jit

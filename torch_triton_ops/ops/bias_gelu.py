@@ -325,8 +325,8 @@ def bias_gelu_samples(device: torch.device | str, dtype: torch.dtype) -> Iterato
 
 def bias_gelu_gpu_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     if dtype == torch.bfloat16:  # offsets past 2**31 elements
-        x = torch.randn(2**18 + 1, 2**13, device=device, dtype=dtype)
-        yield Sample("2^31+2^13", (x, torch.randn(2**13, device=device, dtype=dtype)))
+        x = torch.randn(2**18 + 1, 2**13, device=device, dtype=dtype)[:, :8]
+        yield Sample("rows_past_2^31", (x, torch.randn(8, device=device, dtype=dtype)))
 
 
 def bias_gelu_error_samples(device: torch.device | str) -> Iterator[ErrorSample]:
