@@ -67,9 +67,9 @@ def test_setting(monkeypatch):
     assert kernels() == PORTABLE
     monkeypatch.setattr(flash_attn, "_setting", "gluon")
     assert kernels() == HOPPER
-    with pytest.raises(RuntimeError, match="flash_attn.*TORCH_TRITON_OPS_ATTENTION=gluon.*softcap"):
+    with pytest.raises(RuntimeError, match=r"flash_attn.*TORCH_TRITON_OPS_ATTENTION=gluon.*softcap"):
         kernels(softcap=1.0)
-    with pytest.raises(RuntimeError, match="flash_attn.*compute capability 9.0"):
+    with pytest.raises(RuntimeError, match=r"flash_attn.*compute capability 9\.0"):
         kernels(80)
 
 
@@ -90,7 +90,7 @@ def test_untested_triton_runs_portable_and_says_so_once(monkeypatch):
     assert len(said) == 1
     assert "tested with triton 3.6 and 3.7" in str(said[0].message)
     monkeypatch.setattr(flash_attn, "_setting", "gluon")
-    with pytest.raises(RuntimeError, match="tested with triton 3.6 and 3.7"):
+    with pytest.raises(RuntimeError, match=r"tested with triton 3\.6 and 3\.7"):
         kernels()
 
 

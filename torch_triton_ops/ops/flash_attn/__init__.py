@@ -232,7 +232,7 @@ def _forward(
 ) -> None:
     left, right = _bounds(q.shape[2], k.shape[2], causal, window_left, window_right)
     scale = _scale(q, scale)
-    if _takes_gluon(q, k, scale, softcap, left, right):
+    if _takes_gluon(_gluon_refusal(q, k, scale, softcap, left, right)):
         from . import hopper
 
         hopper.forward(q, k, v, out, lse, scale, right == 0)
@@ -256,8 +256,16 @@ def flash_attn_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = flash_attn_bwd_fake(dout, q, k, v, out, lse, causal, scale, window_left, window_right, softcap, needs)
     left, right = _bounds(q.shape[2], k.shape[2], causal, window_left, window_right)
-    wanted = (x if needed else None for x, needed in zip((dq, dk, dv), needs, strict=True))
-    triton_kernels.backward(dout, q, k, v, out, lse, *wanted, _scale(q, scale), softcap, left, right)
+    scale = _scale(q, scale)
+    gradients = zip((q, k, v), (dq, dk, dv), needs, strict=True)
+    if _takes_gluon(_gluon_bwd_refusal(q, k, scale, softcap, left, right)):
+        from . import hopper_bwd
+
+        wanted = [gradient if needed else _dense_like(x) for x, gradient, needed in gradients]
+        hopper_bwd.backward(dout, q, k, v, out, lse, *wanted, scale, right == 0)
+    else:
+        wanted = [gradient if needed else None for _, gradient, needed in gradients]
+        triton_kernels.backward(dout, q, k, v, out, lse, *wanted, scale, softcap, left, right)
     return dq, dk, dv
 
 
@@ -274,11 +282,10 @@ if _setting not in _SETTINGS:
 _GLUON_IS_TESTED = triton.__version__.startswith(("3.6.", "3.7."))
 
 
-def _takes_gluon(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float, left: int, right: int) -> bool:
-    """Whether the Hopper kernels take this call, by their limits and by the user's setting."""
+def _takes_gluon(refusal: str | None) -> bool:
+    """Whether the Hopper kernels run, by the user's setting and by why they cannot, if they cannot."""
     if _setting == "triton":
         return False
-    refusal = _gluon_refusal(q, k, scale, softcap, left, right)
     if refusal is None and not _GLUON_IS_TESTED:
         refusal = f"they are tested with triton 3.6 and 3.7, not with {triton.__version__}"
         if _setting == "auto":
@@ -309,6 +316,19 @@ def _gluon_refusal(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: floa
     if k.shape[2] == 0:
         return "TMA cannot describe empty keys"
     return None
+
+
+def _gluon_bwd_refusal(
+    q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float, left: int, right: int
+) -> str | None:
+    refusal = _gluon_refusal(q, k, scale, softcap, left, right)
+    if refusal is None and not 64 < q.shape[3] <= 128:
+        return f"their backward takes head sizes from 72 to 128, not {q.shape[3]}"
+    if refusal is None and q.shape[2] <= 64:
+        return f"their backward takes more than 64 queries, not {q.shape[2]}"
+    if refusal is None and torch.are_deterministic_algorithms_enabled():
+        return "their backward sums dq in no fixed order, and deterministic algorithms are asked for"
+    return refusal
 
 
 def _window(causal: bool, window_left: int, window_right: int) -> tuple[int, int]:

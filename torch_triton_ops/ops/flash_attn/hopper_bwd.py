@@ -1,0 +1,582 @@
+"""Attention backward for Hopper (sm_90), in Gluon. Read hopper.py first: the same roles, barriers and descriptors.
+
+A program owns BLOCK_N = 128 keys of one key head, with dK and dV in its registers, and walks over the queries that see them,
+64 at a time, head after head of the group that shares these keys: so dK and dV are summed without atomics. One producer warp
+loads; two consumer warpgroups own 64 keys each. A step computes, transposed so that P^T is in registers exactly as the
+operand of the next product,
+
+    S^T = K Q^T,  dP^T = V dO^T,  P^T = exp(S^T - lse),  dS^T = P^T * (dP^T - delta),  dV += P^T dO,  dK += dS^T Q
+
+and dS^T goes through shared memory once, where dQ += dS K reads it too, over the keys of both consumers. dQ is summed over
+programs in float32 by TMA reduce-adds, whose order is not fixed: dK and dV repeat bit for bit, dQ need not.
+
+dQ lags one step behind, so that no consumer waits for the other one's softmax of the same step. The two slots of dS with
+their empty-barrier do more than protect memory: they keep the consumers from drifting a whole step apart, where both would
+want the tensor cores at once.
+
+Before it, a small kernel reduces each query's row to lse and delta = dot(dO, O) and clears dQ's sums; after it, another one
+casts these. `backward` launches all three.
+"""
+
+# No `from __future__ import annotations` here: an aggregate's fields are declared by their types themselves.
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import _aggregate as aggregate
+
+from torch_triton_ops.launch import Descriptor, NotInlinable, can_describe, cdiv, descriptor, launch
+
+from .triton_kernels import _load_rows
+
+BLOCK_M = gl.constexpr(64)  # queries of a step
+HALF_N = gl.constexpr(64)  # keys of a consumer
+BLOCK_N = gl.constexpr(128)  # keys of a program
+HEAD_DIM = gl.constexpr(128)
+STAGES = gl.constexpr(2)  # depth of the Q / dO ring; 3 is slower
+
+
+@builtin
+def _tma_reduce_add(desc, coord, src, _semantic=None):
+    """global[coord] += src, asynchronous; tma.store_wait waits for it as for a store. The compiler has it, Gluon gives it no
+    name of its own."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the producer and the consumers share
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@aggregate
+class _Backward:
+    """One program's arguments, buffers and barriers."""
+
+    # global memory
+    q_desc: tma.tensor_descriptor  # (B, Hq, Sq, D), box (1, 1, BLOCK_M, HEAD_DIM)
+    k_desc: tma.tensor_descriptor  # (B, Hkv, Skv, D), box (1, 1, HALF_N, HEAD_DIM)
+    v_desc: tma.tensor_descriptor  # as k
+    dout_desc: tma.tensor_descriptor  # as q
+    rows_desc: tma.tensor_descriptor  # (2, B * Hq * padded Sq) float32, box (2, BLOCK_M): lse in units of log 2, delta
+    dq_desc: tma.tensor_descriptor  # float32 sums, box (32, 128): see dq below
+    dk_desc: tma.tensor_descriptor  # as k
+    dv_desc: tma.tensor_descriptor  # as v
+    # the problem
+    scale: gl.tensor
+    scale_log2: gl.tensor  # scale * log2(e), so that exp becomes exp2
+    Skv: gl.tensor
+    first_place: gl.tensor  # Skv - Sq, the place of query 0 among the keys
+    query_blocks: gl.tensor
+    key_blocks: gl.tensor
+    H: gl.tensor  # key heads
+    BH: gl.tensor  # B * H
+    heads_per_kv: gl.tensor
+    # shared memory
+    k: gl.shared_memory_descriptor  # (2, HALF_N, HEAD_DIM): one half for each consumer
+    v: gl.shared_memory_descriptor  # (2, HALF_N, HEAD_DIM)
+    q: gl.shared_memory_descriptor  # (STAGES, BLOCK_M, HEAD_DIM)
+    dout: gl.shared_memory_descriptor  # (STAGES, BLOCK_M, HEAD_DIM)
+    rows: gl.shared_memory_descriptor  # (STAGES, 2, BLOCK_M)
+    ds: gl.shared_memory_descriptor  # (2 * 2, HALF_N, BLOCK_M): dS^T, two slots of two halves
+    dq: gl.shared_memory_descriptor  # (2, BLOCK_M, HEAD_DIM / 2) float32: one half for each consumer, on its way out
+    steps: (
+        gl.shared_memory_descriptor
+    )  # (8, 1) int32, causal: for four steps, dQ's row and the first query's place - first key
+    # barriers
+    k_full: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor  # (STAGES, 1): Q and its rows
+    dout_full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor  # both consumers are done with Q, its rows and dO
+    ds_full: gl.shared_memory_descriptor  # (2, 1): both halves of dS^T are written
+    ds_empty: gl.shared_memory_descriptor  # both consumers have read dS^T
+    out_full: gl.shared_memory_descriptor  # (2, 1): a consumer's dV, then its dK, lies where its half of V was
+    out_empty: gl.shared_memory_descriptor  # its dV has been sent
+    # constants
+    SECTION: gl.constexpr  # heads that run side by side
+    IS_CAUSAL: gl.constexpr
+    EVEN_N: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, tensors, problem, buffers, barriers, SECTION, IS_CAUSAL, EVEN_N):
+        self.q_desc, self.k_desc, self.v_desc, self.dout_desc = tensors[:4]
+        self.rows_desc, self.dq_desc, self.dk_desc, self.dv_desc = tensors[4:]
+        self.scale, self.scale_log2, self.Skv, self.first_place = problem[:4]
+        self.query_blocks, self.key_blocks, self.H, self.BH, self.heads_per_kv = problem[4:]
+        self.k, self.v, self.q, self.dout, self.rows, self.ds, self.dq, self.steps = buffers
+        self.k_full, self.v_full, self.q_full, self.dout_full, self.empty, self.ds_full, self.ds_empty = barriers[:7]
+        self.out_full, self.out_empty = barriers[7:]
+        self.SECTION, self.IS_CAUSAL, self.EVEN_N = map(gl.constexpr, (SECTION, IS_CAUSAL, EVEN_N))
+
+
+@gluon.jit
+def _place(x):
+    """(batch, key head, first key, first query block, number of query blocks) of this program.
+
+    Heads are taken in sections, so that their Q, dO and dQ stay in L2. Inside a section the first keys of every head come
+    first: under a causal mask these are the longest programs.
+    """
+    pid = gl.program_id(0)
+    section = pid // (x.SECTION * x.key_blocks)
+    rest = pid % (x.SECTION * x.key_blocks)
+    size = gl.minimum(x.SECTION, x.BH - section * x.SECTION)  # the last section may be smaller
+    start_n = rest // size * BLOCK_N
+    bh = section * x.SECTION + rest % size
+    first = 0
+    if x.IS_CAUSAL:  # earlier queries see none of these keys; but every program takes two steps at least
+        first = gl.minimum(gl.maximum(start_n - x.first_place, 0) // BLOCK_M, x.query_blocks - 2)
+    return bh // x.H, bh % x.H, start_n, first, x.query_blocks - first
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Producer: one warp. Loads K and V once, then Q, its rows and dO of every step.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _producer(x):
+    b, h, start_n, first, steps = _place(x)
+    KV_BYTES: gl.constexpr = BLOCK_N * HEAD_DIM * 2
+    mbarrier.expect(x.k_full, KV_BYTES)
+    for c in gl.static_range(2):
+        tma.async_copy_global_to_shared(x.k_desc, [b, h, start_n + c * HALF_N, 0], x.k_full, x.k.index(c))
+    t = 0
+    row = (
+        (b * x.H + h) * x.heads_per_kv * x.query_blocks * BLOCK_M
+    )  # of the head's first query, among those of all heads
+    for g in range(x.heads_per_kv):
+        hq = h * x.heads_per_kv + g
+        for i in range(steps):
+            slot = t % STAGES
+            start_m = (first + i) * BLOCK_M
+            # One barrier frees Q and dO together; the first STAGES waits (of the opposite phase) pass at once.
+            mbarrier.wait(x.empty.index(slot), ((t // STAGES) & 1) ^ 1)
+            _write(x.steps, t % 4 * 2, row + start_m)
+            if x.IS_CAUSAL:
+                _write(x.steps, t % 4 * 2 + 1, start_m + x.first_place - start_n)
+            mbarrier.expect(x.q_full.index(slot), BLOCK_M * HEAD_DIM * 2 + 2 * BLOCK_M * 4)
+            tma.async_copy_global_to_shared(x.q_desc, [b, hq, start_m, 0], x.q_full.index(slot), x.q.index(slot))
+            tma.async_copy_global_to_shared(x.rows_desc, [0, row + start_m], x.q_full.index(slot), x.rows.index(slot))
+            if t == 0:
+                mbarrier.expect(x.v_full, KV_BYTES)
+                for c in gl.static_range(2):
+                    tma.async_copy_global_to_shared(x.v_desc, [b, h, start_n + c * HALF_N, 0], x.v_full, x.v.index(c))
+            mbarrier.expect(x.dout_full.index(slot), BLOCK_M * HEAD_DIM * 2)
+            tma.async_copy_global_to_shared(
+                x.dout_desc, [b, hq, start_m, 0], x.dout_full.index(slot), x.dout.index(slot)
+            )
+            t += 1
+        row += x.query_blocks * BLOCK_M
+
+    for c in gl.static_range(2):
+        mbarrier.wait(x.out_full.index(c), 0)
+        tma.async_copy_shared_to_global(x.dv_desc, [b, h, start_n + c * HALF_N, 0], x.v.index(c))
+    tma.store_wait(0)
+    for c in gl.static_range(2):
+        mbarrier.arrive(x.out_empty.index(c))
+    for c in gl.static_range(2):
+        mbarrier.wait(x.out_full.index(c), 1)
+        tma.async_copy_shared_to_global(x.dk_desc, [b, h, start_n + c * HALF_N, 0], x.v.index(c))
+    tma.store_wait(0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Consumer WG (0 or 1): one warpgroup with 64 rows of dK and dV, and 64 columns of dQ
+#
+# Steps are numbered from 1. Step 0 is nobody's: its dQ, which step 1 computes from whatever shared memory held, goes to a row
+# before the first one, where TMA drops it. So every step is alike.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _issue_dq(x, t, WG: gl.constexpr):
+    """dQ(t)[:, WG's 64 columns] = dS(t) K[:, these columns], over all 128 keys; asynchronous."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    panel: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    zero = gl.full([BLOCK_M, 64], 0.0, gl.float32, layout)
+    # In shared memory a (64, 128) tile of 16 bits with 128-byte swizzle is two panels of (64, 64).
+    panels = x.k._reinterpret(x.k.dtype, [4, HALF_N, 64], panel)
+    ds = (t % 2) * 2
+    token = warpgroup_mma(x.ds.index(ds).permute([1, 0]), panels.index(WG), zero, use_acc=False, is_async=True)
+    return warpgroup_mma(x.ds.index(ds + 1).permute([1, 0]), panels.index(2 + WG), token, is_async=True)
+
+
+@gluon.jit
+def _add_dq(x, row, dq, WG: gl.constexpr):
+    """Row `row` of the sums += dq, (BLOCK_M, 64)."""
+    tma.store_wait(0)  # the reduce-add before this one has read the buffer
+    stage = x.dq.index(WG)
+    stage.store(dq)
+    fence_async_shared()
+    blob = stage._reinterpret(gl.float32, [32, 128], x.dq_desc.layout)
+    _tma_reduce_add(x.dq_desc, [row, 0], blob)
+
+
+@gluon.constexpr_function
+def _hide_asm(causal):
+    """Of a (64, 64) accumulator a thread holds, in this order, for each j < 8: columns 8 j + 2 (lane % 4) + (0, 1) of row
+    16 warp + lane / 4, then the same of the row 8 further down. Operand 64 is the edge; the indices are computed here because
+    the compiler would keep them in registers across the loop, which has none to spare."""
+    rows = "mov.u32 lane, %tid.x; bfe.u32 row, lane, 5, 2; bfe.u32 part, lane, 2, 3; mad.lo.s32 row, row, 16, part; "
+    if causal:  # column + edge >= row, that is 8 j + e >= row - edge - 2 (lane % 4)
+        bound = "sub.s32 row, row, $64; and.b32 part, lane, 3; shl.b32 part, part, 1; sub.s32 row, row, part; "
+        test = [f"setp.le.s32 p, {'low' if i & 2 else 'row'}, {i // 4 * 8 + i % 2};" for i in range(32)]
+    else:  # row < edge
+        bound = ""
+        test = [f"setp.lt.s32 p, {'low' if i & 2 else 'row'}, $64;" for i in range(32)]
+    select = " ".join(f"{test[i]} selp.f32 ${i}, ${i}, 0f00000000, p;" for i in range(32))
+    return (
+        f"{{ .reg .pred p; .reg .s32 row, low, part; .reg .u32 lane; setp.ge.s32 p, $64, {63 if causal else 64}; "
+        f"@p bra DONE; {rows}{bound}add.s32 low, row, 8; {select} DONE: }}"
+    )
+
+
+@gluon.constexpr_function
+def _hide_constraints():
+    return ",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["r"] * 32)
+
+
+@gluon.jit
+def _hide(p, edge, CAUSAL: gl.constexpr):
+    """P^T (64 keys, 64 queries) with 0 where query + edge < key (CAUSAL), else where key >= edge. Jumps over it all where
+    nothing is to be hidden, as in most steps."""
+    asm: gl.constexpr = _hide_asm(CAUSAL)
+    constraints: gl.constexpr = _hide_constraints()
+    edge = gl.full([p.shape[0], p.shape[1]], 0, gl.int32, p.type.layout) + edge
+    return gl.inline_asm_elementwise(asm, constraints, [p, edge], dtype=gl.float32, is_pure=True, pack=32)
+
+
+@gluon.jit
+def _read(ints, i):
+    """Number i of a shared array of int32."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(ints.index(i).load(layout), 0)
+
+
+@gluon.jit
+def _write(ints, i, value):
+    """By the producer's one warp."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ints.index(i).store(gl.full([1], value, gl.int32, layout))
+
+
+@gluon.jit
+def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
+    """One block of queries: S^T, dP^T, P^T, dS^T; then dQ(t - 1) to dq_row, and dV, dK += this block's share.
+
+    edge, if MASKED: the first query's place among the keys minus the first key (causal), or the first key. Everything issued is
+    awaited within the step: ptxas serialised every variant with products in flight across the back edge of the loop.
+    """
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)  # P^T as an operand in registers
+    query_column: gl.constexpr = gl.SliceLayout(0, s_layout)
+    dtype: gl.constexpr = x.q_desc.dtype
+    zero = gl.full([HALF_N, BLOCK_M], 0.0, gl.float32, s_layout)
+    rows = x.rows._reinterpret(gl.float32, [2 * STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    slot = t % STAGES
+    phase = (t // STAGES) & 1
+
+    # Rows are keys, columns are queries: (HALF_N, BLOCK_M).
+    mbarrier.wait(x.q_full.index(slot), phase)
+    s_token = warpgroup_mma(x.k.index(WG), x.q.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
+    mbarrier.wait(x.dout_full.index(slot), phase)
+    dp_token = warpgroup_mma(x.v.index(WG), x.dout.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
+
+    s = warpgroup_mma_wait(1, [s_token])
+    lse = rows.index(slot * 2).load(query_column)
+    p = gl.exp2(s * x.scale_log2 - lse[None, :])
+    if x.IS_CAUSAL:
+        p = _hide(p, _read(x.steps, t % 4 * 2 + 1) - WG * HALF_N, True)
+    elif not x.EVEN_N:
+        p = _hide(p, tail, False)
+
+    dp = warpgroup_mma_wait(0, [dp_token])
+    delta = rows.index(slot * 2 + 1).load(query_column)
+    ds = (p * (dp - delta[None, :])).to(dtype)
+    p_operand = gl.convert_layout(p.to(dtype), p_layout)
+
+    mbarrier.wait(x.ds_empty.index(t % 2), ((t // 2) & 1) ^ 1)  # dQ(t - 2) is finished
+    own_ds = x.ds.index((t % 2) * 2 + WG)
+    own_ds.store(ds)
+    fence_async_shared()
+    mbarrier.arrive(x.ds_full.index(t % 2))
+
+    if HAS_PREVIOUS:
+        mbarrier.wait(x.ds_full.index((t - 1) % 2), ((t - 1) // 2) & 1)
+        dq_token = _issue_dq(x, t - 1, WG)
+    dv_token = warpgroup_mma(p_operand, x.dout.index(slot), dv, is_async=True)
+    dk_token = warpgroup_mma(own_ds, x.q.index(slot), dk, is_async=True)
+    if HAS_PREVIOUS:
+        dq = warpgroup_mma_wait(2, [dq_token])  # dV and dK go on
+        mbarrier.arrive(x.ds_empty.index((t - 1) % 2))
+        _add_dq(x, _read(x.steps, (t - 1) % 4 * 2) + WG * 32, dq, WG)
+    dv, dk = warpgroup_mma_wait(0, [dv_token, dk_token])
+    mbarrier.arrive(x.empty.index(slot))
+    return dk, dv
+
+
+@gluon.jit
+def _consumer(x, WG: gl.constexpr):
+    _, _, start_n, _, steps = _place(x)
+    total = steps * x.heads_per_kv
+    gl.assume(total > 1)
+    tail = x.Skv - start_n - WG * HALF_N
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    dtype: gl.constexpr = x.q_desc.dtype
+    dk = gl.full([HALF_N, HEAD_DIM], 0.0, gl.float32, acc_layout)
+    dv = gl.full([HALF_N, HEAD_DIM], 0.0, gl.float32, acc_layout)
+
+    mbarrier.wait(x.k_full, 0)
+    mbarrier.wait(x.v_full, 0)
+    dk, dv = _step(x, 0, tail, dk, dv, False, WG)
+    for t in range(1, total):
+        dk, dv = _step(x, t, tail, dk, dv, True, WG)
+
+    t = total - 1
+
+    # The last dQ. dV goes out meanwhile through this consumer's half of V, then dK too; the producer sends them.
+    mbarrier.wait(x.ds_full.index(t % 2), (t // 2) & 1)
+    dq_token = _issue_dq(x, t, WG)
+    out = x.v.index(WG)
+    out.store(dv.to(dtype))
+    fence_async_shared()
+    mbarrier.arrive(x.out_full.index(WG))
+    dq = warpgroup_mma_wait(0, [dq_token])
+    _add_dq(x, _read(x.steps, t % 4 * 2) + WG * 32, dq, WG)
+    mbarrier.wait(x.out_empty.index(WG), 0)
+    out.store((dk * x.scale).to(dtype))
+    fence_async_shared()
+    mbarrier.arrive(x.out_full.index(WG))
+    tma.store_wait(0)  # the last reduce-add has read its buffer
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kernels
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "scale",
+        "scale_log2",
+        "Skv",
+        "first_place",
+        "query_blocks",
+        "key_blocks",
+        "H",
+        "BH",
+        "heads_per_kv",
+    ]
+)
+def _flash_attn_bwd_hopper_kernel(
+    q_desc, k_desc, v_desc, dout_desc, rows_desc, dq_desc, dk_desc, dv_desc,
+    scale, scale_log2, Skv, first_place, query_blocks, key_blocks, H, BH, heads_per_kv,
+    SECTION: gl.constexpr, IS_CAUSAL: gl.constexpr, EVEN_N: gl.constexpr,
+):  # fmt: skip
+    """Launched with num_warps=4, the first consumer's. H, BH count key heads."""
+    dtype: gl.constexpr = q_desc.dtype
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k = gl.allocate_shared_memory(dtype, [2, HALF_N, HEAD_DIM], tile_layout)
+    v = gl.allocate_shared_memory(dtype, [2, HALF_N, HEAD_DIM], tile_layout)
+    q = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, HEAD_DIM], tile_layout)
+    dout = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, HEAD_DIM], tile_layout)
+    ds = gl.allocate_shared_memory(dtype, [4, HALF_N, BLOCK_M], tile_layout)
+    # dQ (64, 64) in the order in which its registers lie in the threads: each thread stores 16-byte vectors without bank
+    # conflicts, and the tile travels as one contiguous blob of 16 KB. The last kernel undoes the permutation. Offset bits,
+    # lowest first: column 1, row 8, column 2, ...
+    dq_layout: gl.constexpr = gl.SharedLinearLayout(
+        [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]], [], 128
+    )
+    dq = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, 64], dq_layout)
+    rows = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], rows_desc.layout)
+    steps = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    k_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    out_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    out_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(k_full, count=1)
+    mbarrier.init(v_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(dout_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(ds_full.index(i), count=2)
+        mbarrier.init(ds_empty.index(i), count=2)
+        mbarrier.init(out_full.index(i), count=1)
+        mbarrier.init(out_empty.index(i), count=1)
+    fence_async_shared()
+
+    x = _Backward(
+        (q_desc, k_desc, v_desc, dout_desc, rows_desc, dq_desc, dk_desc, dv_desc),
+        (scale, scale_log2, Skv, first_place, query_blocks, key_blocks, H, BH, heads_per_kv),
+        (k, v, q, dout, rows, ds, dq, steps),
+        (k_full, v_full, q_full, dout_full, empty, ds_full, ds_empty, out_full, out_empty),
+        SECTION,
+        IS_CAUSAL,
+        EVEN_N,
+    )
+    # The first entry runs on the launch's own 4 warps; then 4 and 1 more.
+    gl.warp_specialize([(_consumer, (x, 0)), (_consumer, (x, 1)), (_producer, (x,))], [4, 1], [240, 24])
+
+
+@triton.jit(do_not_specialize=["Sq", "H", "BH"])
+def _flash_attn_bwd_prepare_kernel(
+    dout_ptr, out_ptr, lse_ptr, rows_ptr, sums_ptr,
+    Sq, H, BH,
+    stride_db, stride_dh, stride_dm, stride_ob, stride_oh, stride_om,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One block of queries: lse in units of log 2 and delta = dot(dout, out); its dQ sums = 0.
+
+    Rows beyond Sq, and queries that see nothing, get lse = +inf: then P = exp(score - lse) is 0 without a mask.
+    """
+    num_blocks = tl.cdiv(Sq, BLOCK_M)
+    bh = tl.program_id(0) // num_blocks
+    start_m = tl.program_id(0) % num_blocks * BLOCK_M
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    out = _load_rows(out_ptr + b * stride_ob + h * stride_oh, start_m, stride_om, Sq, D, BLOCK_M, BLOCK_D, True, True)
+    dout = _load_rows(dout_ptr + b * stride_db + h * stride_dh, start_m, stride_dm, Sq, D, BLOCK_M, BLOCK_D, True, True)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = start_m + offs_m < Sq
+    lse = tl.load(lse_ptr + bh.to(tl.int64) * Sq + start_m + offs_m, mask=mask_m, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    tl.store(rows_ptr + row + offs_m, lse)
+    tl.store(rows_ptr + tl.cast(BH, tl.int64) * num_blocks * BLOCK_M + row + offs_m, tl.sum(out * dout, 1))
+    sums = row * BLOCK_D + offs_m[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(sums_ptr + sums, tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
+
+
+@triton.jit(do_not_specialize=["Sq", "H"])
+def _flash_attn_bwd_cast_kernel(
+    sums_ptr, dq_ptr, Sq, H, stride_qb, stride_qh, stride_qm, SCALE: tl.constexpr, D: tl.constexpr
+):
+    """One block of 64 queries: two blobs of 64 x 64 float32, back in row order and scaled."""
+    num_blocks = tl.cdiv(Sq, 64)
+    bh = tl.program_id(0) // num_blocks
+    start_m = tl.program_id(0) % num_blocks * 64
+    dq_ptr += (bh // H).to(tl.int64) * stride_qb + (bh % H).to(tl.int64) * stride_qh
+    sums_ptr += tl.program_id(0).to(tl.int64) * 8192
+    offs_m = start_m + tl.arange(0, 64)
+    for c in tl.static_range(2):
+        offs_d = c * 64 + tl.arange(0, 64)
+        dq = tl.load(sums_ptr + c * 4096 + tl.arange(0, 4096))
+        # axes of a blob: column / 8, row / 16, row % 8, column / 2 % 4, row / 8 % 2, column % 2
+        dq = tl.reshape(dq, (8, 4, 8, 4, 2, 2))
+        dq = tl.reshape(tl.permute(dq, (1, 4, 2, 0, 3, 5)), (64, 64))
+        ptrs = dq_ptr + tl.cast(offs_m, tl.int64)[:, None] * stride_qm + offs_d[None, :]
+        mask = (offs_m < Sq)[:, None] & (offs_d < D)[None, :]
+        tl.store(ptrs, (dq * SCALE).to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Launch
+# --------------------------------------------------------------------------------------------------------------------
+
+_TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+_PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> None:
+    """Write dq, dk and dv.
+
+    float16 or bfloat16, a head size of at most 128 that is a multiple of 8. What TMA cannot take is copied, as in the forward.
+    Needs B * Hq * Sq * D * 4 bytes for the float32 sums of dq.
+    """
+    if isinstance(q, (FakeTensor, FunctionalTensor)):
+        raise NotInlinable(_flash_attn_bwd_hopper_kernel.__name__)
+    B, H, Sq, D = q.shape
+    Hkv, Skv = k.shape[1], k.shape[2]
+    if B * H * Sq == 0:
+        for gradient in (dk, dv):
+            gradient.zero_()
+        return
+    blocks, key_blocks = cdiv(Sq, BLOCK_M.value), cdiv(Skv, BLOCK_N.value)
+    queries = B * H * blocks * BLOCK_M.value
+    rows = q.new_empty((2, queries), dtype=torch.float32)
+    sums = q.new_empty((queries, HEAD_DIM.value), dtype=torch.float32)
+    dout, out = _unit_last_stride(dout), _unit_last_stride(out)
+    launch(
+        _flash_attn_bwd_prepare_kernel,
+        (B * H * blocks,),
+        *(dout, out, lse.contiguous(), rows, sums, Sq, H, B * H),
+        *(*dout.stride()[:3], *out.stride()[:3]),
+        num_warps=8,
+        D=D,
+        BLOCK_M=BLOCK_M.value,
+        BLOCK_D=HEAD_DIM.value,
+    )
+    launch(
+        _flash_attn_bwd_hopper_kernel,
+        (B * Hkv * key_blocks,),
+        _boxes(q),
+        _boxes(k),
+        _boxes(v),
+        _boxes(dout),
+        descriptor(rows, (2, BLOCK_M.value), _PLAIN),
+        descriptor(sums, (32, HEAD_DIM.value), _PLAIN),
+        descriptor(dk, (1, 1, HALF_N.value, HEAD_DIM.value), _TILE),
+        descriptor(dv, (1, 1, HALF_N.value, HEAD_DIM.value), _TILE),
+        *(scale, scale * math.log2(math.e), Skv, Skv - Sq, blocks, key_blocks, Hkv, B * Hkv, H // Hkv),
+        num_warps=4,
+        SECTION=4 if causal else 1,
+        IS_CAUSAL=causal,
+        EVEN_N=not causal and Skv % BLOCK_N.value == 0,
+    )
+    launch(
+        _flash_attn_bwd_cast_kernel,
+        (B * H * blocks,),
+        *(sums, dq, Sq, H, *dq.stride()[:3]),
+        num_warps=8,
+        SCALE=scale,
+        D=D,
+    )
+
+
+def _boxes(x: torch.Tensor) -> Descriptor:
+    """Descriptor of x (B, H, S, D), or of a copy, for boxes of one head's (64, HEAD_DIM)."""
+    if not can_describe(x):
+        x = x.clone(memory_format=torch.contiguous_format)  # contiguous() would keep a misaligned base
+    return descriptor(x, (1, 1, 64, HEAD_DIM.value), _TILE)
+
+
+def _unit_last_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
