@@ -640,34 +640,32 @@ class _MatmulTile(NamedTuple):
 
     block_m: int
     block_n: int
-    row_bytes: int  # of BLOCK_K elements: 128 are a swizzle atom
     num_warps: int
     num_stages: int
     share: float
     block_n2: int = 0
 
 
-# The shares were measured on an H200 (bench/results/tuning/nvidia_h200). The accumulator of the widest tile is 128 registers
-# a thread. The smaller a tile, the more operand bytes for each multiply-add have to come from the L2, which is what limits
-# them; and all of them want nearly the whole shared memory as stages. Widths between the powers of two are there for shapes
-# that they make fill the last wave of programs.
+# The shares were measured on an H200 (bench/results/tuning/nvidia_h200/matmul_few_rows.json). The accumulator of the widest
+# tile is 128 registers a thread. The smaller a tile, the more operand bytes for each multiply-add have to come from the L2,
+# which is what limits them; and all of them want nearly the whole shared memory as stages. Widths between the powers of two
+# are there for shapes that they make fill the last wave of programs.
 _MATMUL_TMA_TILES = (
-    _MatmulTile(128, 256, 128, 8, 3, 1.02),
-    _MatmulTile(128, 128, 128, 8, 5, 0.99, 64),
-    _MatmulTile(128, 128, 128, 8, 5, 0.95, 32),
-    _MatmulTile(128, 128, 128, 8, 6, 0.99),
-    _MatmulTile(128, 64, 128, 8, 7, 0.88, 32),
-    _MatmulTile(128, 64, 128, 8, 7, 0.84, 16),
-    _MatmulTile(64, 128, 256, 4, 4, 0.8),
-    _MatmulTile(64, 64, 128, 4, 6, 0.6),
+    _MatmulTile(128, 256, 8, 3, 1.02),
+    _MatmulTile(128, 128, 8, 6, 0.98),
+    _MatmulTile(128, 128, 8, 5, 0.8, 32),
+    _MatmulTile(64, 128, 4, 7, 0.92, 64),
+    _MatmulTile(64, 128, 4, 8, 0.8, 32),
+    _MatmulTile(64, 128, 4, 8, 0.87),
+    _MatmulTile(64, 64, 4, 6, 0.6),
 )
 _MATMUL_TILES = (
-    _MatmulTile(128, 128, 128, 8, 3, 0.8),
-    _MatmulTile(64, 128, 128, 4, 3, 0.67),
-    _MatmulTile(64, 64, 128, 4, 4, 0.56),
+    _MatmulTile(128, 128, 8, 3, 0.8),
+    _MatmulTile(64, 128, 4, 3, 0.67),
+    _MatmulTile(64, 64, 4, 4, 0.56),
 )
 # CUDA cores: operands and accumulator are registers, which limits the tile.
-_MATMUL_IEEE_TILES = (_MatmulTile(64, 64, 64, 4, 3, 0.08), _MatmulTile(32, 32, 64, 4, 3, 0.06))
+_MATMUL_IEEE_TILES = (_MatmulTile(64, 64, 4, 3, 0.08), _MatmulTile(32, 32, 4, 3, 0.06))
 
 
 def _matmul_microseconds(
@@ -721,7 +719,7 @@ def _matmul_stream_config(
         # blocks of 64, but not a few more of them than there are SMs
         length = 128 if short_blocks > sms >= long_blocks else 64
     programs = cdiv(long_side, length) * batches
-    split = _matmul_split(programs, K, block_k, sms if K >= 8192 else sms // 2)
+    split = _matmul_split(programs, K, block_k, sms // 2)
     # a program alone on its SM has all the shared memory for its stages; else two share it
     alone = programs * split <= sms or short == 64
     stages = min(9, (196 if alone else 100) * 1024 // ((short + length) * block_k * itemsize))
@@ -750,15 +748,12 @@ def _matmul_config(
             return _matmul_stream_config(M, N, K, batches, itemsize, aligned, tma, sms)
         split = _matmul_split(cdiv(M, 32) * cdiv(N, 32) * batches, K, 32, 2 * sms)
         return _MatmulConfig(32, 32, 32, 4, 3, split_k=split)
-    # Without 16-byte loads every element has a pointer of its own: a shorter block leaves registers for them.
-    per_element = itemsize if tma or aligned or ieee else 2 * itemsize
-    tiles = _MATMUL_IEEE_TILES if ieee else _MATMUL_TMA_TILES if tma else _MATMUL_TILES
+    # 128-byte rows are a swizzle atom. Without 16-byte loads every element has a pointer of its own: a shorter block leaves
+    # registers for them.
+    block_k = 16 if ieee else (128 if tma or aligned else 64) // itemsize
+    steps = cdiv(K, block_k)
     best, least = _MatmulConfig(0, 0, 0, 0, 0), math.inf
-    for tile in tiles:
-        if batches > 1 and tile.row_bytes > 128:
-            continue  # batches are described for blocks of 128 bytes
-        block_k = tile.row_bytes // per_element
-        steps = cdiv(K, block_k)
+    for tile in _MATMUL_IEEE_TILES if ieee else _MATMUL_TMA_TILES if tma else _MATMUL_TILES:
         for split in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32):
             if split > 1 and 4 * split > steps:
                 break
