@@ -187,7 +187,7 @@ def _ordered_view(x: torch.Tensor, dims: Sequence[int]) -> View:
 # Elements of a tile, warps. Rows that fill the GPU: a warp walks along its row, and no warp waits for another. Split rows: long
 # tiles, 32 elements a thread.
 _ROW_TILE, _PART_TILE = (1024, 1), (8192, 8)
-_COLUMN_TILE_BYTES = 4096  # a warp's
+_COLUMN_TILE = 1024  # a warp's
 # A reduction of fewer programs than _FULL for each multiprocessor is split, into about _PARTS for each.
 _FULL, _PARTS, _COLUMN_PARTS = 4, 16, 16
 
@@ -252,7 +252,7 @@ def plan_columns(view: View, contiguous: bool = False) -> Plan:
     """Tiles (BLOCK_N, BLOCK_K) of neighbouring columns, a warp each: no thread needs another's numbers where K is large."""
     itemsize, sms = view.x.element_size(), sm_count(view.x.device)
     BLOCK_K = _block(view.K, 512 // itemsize)
-    BLOCK_N = _block(view.N, _COLUMN_TILE_BYTES // itemsize // BLOCK_K)
+    BLOCK_N = _block(view.N, _COLUMN_TILE // BLOCK_K)
     config = {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 1}
     programs = view.M * cdiv(view.K, BLOCK_K)
     if programs >= _FULL * sms or view.N <= 4 * BLOCK_N:

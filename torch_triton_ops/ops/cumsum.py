@@ -229,7 +229,7 @@ def _cumsum_columns_kernel(
 # Below _FULL programs for each multiprocessor rows are divided, into about _PARTS programs for each, at most _MOST parts.
 _FULL, _PARTS, _MOST = 2, 8, 1024
 _ROW_TILE, _LINE, _ROW_WARPS = 1024, 64, 1
-_COLUMN_TILE_BYTES = 4096
+_COLUMN_TILE = 1024  # elements, a warp's
 
 
 def _plan(view: View) -> tuple[Plan, dict[str, int]]:
@@ -237,8 +237,7 @@ def _plan(view: View) -> tuple[Plan, dict[str, int]]:
     N, K, R, itemsize = view.N, view.K, view.M * view.K, view.x.element_size()
     if view.has_columns:  # a warp walks down its columns: no thread needs another's numbers where K is large
         BLOCK_K = min(512 // itemsize, next_power_of_2(K))
-        most = min(32, _COLUMN_TILE_BYTES // itemsize // BLOCK_K)
-        BLOCK_N = most if N >= most else next_power_of_2(N)
+        BLOCK_N = min(32, _COLUMN_TILE // BLOCK_K, next_power_of_2(N))
         scan = {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 1}
         blocks = scan
         programs = view.M * cdiv(K, BLOCK_K)
