@@ -16,6 +16,18 @@ from torch_triton_ops.ops import flash_attn
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="the interpreter runs the portable kernels alone")
 
 
+def backward_kernels(Sq=256, Skv=256, D=128, dtype=torch.bfloat16, **options):
+    """Names of the backward kernels recorded for sm_90."""
+    q = torch.empty(2, 4, Sq, D, device="meta", dtype=dtype, requires_grad=True)
+    k = torch.empty(2, 2, Skv, D, device="meta", dtype=dtype, requires_grad=True)
+
+    def run():
+        out = torch.ops.tt.flash_attn(q, k, k, **options)
+        torch.autograd.grad(out, (q, k), torch.empty_like(out))
+
+    return [recorded.kernel.__name__ for recorded in offline.record(run, 90)][1:]
+
+
 def kernels(target=90, Sq=256, Skv=256, D=128, dtype=torch.bfloat16, **options):
     """Names of the forward kernels recorded on a target."""
     q = torch.empty(2, 4, Sq, D, device="meta", dtype=dtype)
@@ -25,6 +37,8 @@ def kernels(target=90, Sq=256, Skv=256, D=128, dtype=torch.bfloat16, **options):
 
 
 HOPPER, PORTABLE = ["_flash_attn_fwd_hopper_kernel"], ["_flash_attn_fwd_kernel"]
+HOPPER_BACKWARD = [f"_flash_attn_bwd_{part}_kernel" for part in ("prepare", "hopper", "cast")]
+PORTABLE_BACKWARD = [f"_flash_attn_bwd_{part}_kernel" for part in ("rows", "dkdv", "dq")]
 
 
 @pytest.mark.parametrize("target", [80, 100])
@@ -55,6 +69,28 @@ def test_hopper_runs_gluon(D):
 )
 def test_what_gluon_lacks_is_portable(call):
     assert kernels(**call) == PORTABLE
+
+
+@pytest.mark.parametrize("D", [72, 96, 128])
+def test_hopper_backward(D):
+    assert backward_kernels(D=D) == backward_kernels(D=D, causal=True, Sq=65, Skv=1) == HOPPER_BACKWARD
+
+
+@pytest.mark.parametrize(
+    "call", [{"D": 64}, {"D": 256}, {"Sq": 64}, {"softcap": 5.0}, {"dtype": torch.float32}], ids=str
+)
+def test_what_the_hopper_backward_lacks_is_portable(call):
+    assert backward_kernels(**call) == PORTABLE_BACKWARD
+
+
+def test_deterministic_algorithms_take_the_portable_backward():
+    """The Hopper backward sums dq in no fixed order."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert backward_kernels() == PORTABLE_BACKWARD
+        assert kernels() == HOPPER
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_window_that_hides_nothing_is_none():
@@ -92,6 +128,20 @@ def test_untested_triton_runs_portable_and_says_so_once(monkeypatch):
     monkeypatch.setattr(flash_attn, "_setting", "gluon")
     with pytest.raises(RuntimeError, match=r"tested with triton 3\.6 and 3\.7"):
         kernels()
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_portable_kernels_compile_for_hopper_too(D, monkeypatch):
+    """They run there where the setting asks for them, and with a triton that the Hopper kernels are not tested with."""
+    monkeypatch.setattr(flash_attn, "_setting", "triton")
+    q = torch.empty(1, 2, 300, D, device="meta", dtype=torch.bfloat16, requires_grad=True)
+
+    def run():
+        out = torch.ops.tt.flash_attn(q, q, q, causal=True)
+        torch.autograd.grad(out, q, torch.empty_like(out))
+
+    for recorded in offline.record(run, 90):
+        assert not offline.compile_launch(recorded, 90).faults()
 
 
 def test_torch_compile_keeps_the_hopper_kernel_as_one_node():

@@ -26,8 +26,19 @@ in or out.
 
 float32 products follow `torch.backends.cuda.matmul.fp32_precision` at launch: IEEE unless TF32 is allowed.
 
-FLOPs: 4 * D per visible pair (query, key) and head forward, 10 * D backward (two and five matrix products). The backward is two
-kernels, one that owns dk and dv and one that owns dq, so nothing is added atomically and results repeat bit for bit.
+FLOPs: 4 * D per visible pair (query, key) and head forward, 10 * D backward (two and five matrix products).
+
+Two sets of kernels, chosen for each call:
+
+* `triton_kernels.py`, Triton: every GPU from sm_80 up, every option.
+* `hopper.py` and `hopper_bwd.py`, Gluon: compute capability 9.0, triton 3.6 and 3.7; half precision, D from 40 to 256 that is a
+  multiple of 8, scale > 0, causal or not, no window and no softcap. The backward: of these, D from 72 to 128 and Sq > 64.
+
+The Hopper kernels read by TMA, which wants rows and bases aligned to 16 bytes and no expanded dimension: other inputs are copied.
+Their backward sums dq in no fixed order; dk and dv, every forward and the whole portable path repeat bit for bit. With
+`torch.use_deterministic_algorithms` the portable backward runs. The environment variable `TORCH_TRITON_OPS_ATTENTION` forces a
+set: `triton`, or `gluon`, which raises RuntimeError with the reason where that is not possible; `auto` is the default.
+Under torch.compile the portable kernels are inlined, and a call of the Hopper kernels is one node of the graph.
 
 Sources: Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691; Rabe and Staats, https://arxiv.org/abs/2112.05682.
 """
@@ -257,15 +268,26 @@ def flash_attn_bwd(
     dq, dk, dv = flash_attn_bwd_fake(dout, q, k, v, out, lse, causal, scale, window_left, window_right, softcap, needs)
     left, right = _bounds(q.shape[2], k.shape[2], causal, window_left, window_right)
     scale = _scale(q, scale)
-    gradients = zip((q, k, v), (dq, dk, dv), needs, strict=True)
+    needs_dq, needs_dk, needs_dv = needs
     if _takes_gluon(_gluon_bwd_refusal(q, k, scale, softcap, left, right)):
         from . import hopper_bwd
 
-        wanted = [gradient if needed else _dense_like(x) for x, gradient, needed in gradients]
-        hopper_bwd.backward(dout, q, k, v, out, lse, *wanted, scale, right == 0)
+        hopper_bwd.backward(
+            *(dout, q, k, v, out, lse),
+            dq if needs_dq else _dense_like(q),
+            dk if needs_dk else _dense_like(k),
+            dv if needs_dv else _dense_like(v),
+            scale,
+            right == 0,
+        )
     else:
-        wanted = [gradient if needed else None for _, gradient, needed in gradients]
-        triton_kernels.backward(dout, q, k, v, out, lse, *wanted, scale, softcap, left, right)
+        triton_kernels.backward(
+            *(dout, q, k, v, out, lse),
+            dq if needs_dq else None,
+            dk if needs_dk else None,
+            dv if needs_dv else None,
+            *(scale, softcap, left, right),
+        )
     return dq, dk, dv
 
 
