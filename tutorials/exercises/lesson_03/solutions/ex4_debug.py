@@ -8,8 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-# TODO(ex4): one line below is wrong
-
 
 @triton.jit
 def scale_rows_kernel(x_ptr, scale_ptr, out_ptr, M, N, xm, xn, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
