@@ -30,7 +30,9 @@ import triton.language as tl
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
+from torch_triton_ops import offline
 from torch_triton_ops.fusion import keep_reference
+from triton_tutorial import interpreted
 from triton_tutorial.lesson import Lesson
 
 lesson = Lesson(6)
@@ -267,9 +269,10 @@ def gelu_v1(x: torch.Tensor, bias: torch.Tensor, BLOCK_M: int = 4, BLOCK_N: int 
 gelu.rung("one long vector", gelu_v1, gelu_kernel_v1)
 
 # %% [markdown]
-# `offs % N` is a division in 64 bits for every element: dozens of instructions, more than the GELU itself, for an
-# address. And the bias is loaded again for every row. In a tile of rows and columns the column number is there for
-# nothing, and one load of the bias serves all rows of the tile.
+# `offs % N` is a division in 64 bits, which a GPU does in dozens of instructions. The compiler helps: it is told when N is
+# a multiple of 16, and then eight neighbours lie in one row and share the division; with another N every element has its
+# own. And the bias is loaded again for every row. In a tile of rows and columns the column number is there for nothing,
+# and one load of the bias serves all rows of the tile.
 
 
 # %%
@@ -298,7 +301,14 @@ def gelu_v2(x: torch.Tensor, bias: torch.Tensor, BLOCK_M: int = 4, BLOCK_N: int 
     return out
 
 
-gelu.rung("tiles of rows", gelu_v2, gelu_kernel_v2, note="no division for each element; the bias loaded once a tile")
+gelu.rung("tiles of rows", gelu_v2, gelu_kernel_v2, note="no division; the bias loaded once a tile")
+
+
+def toy_tiles(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return gelu_v2(x, bias, BLOCK_M=4, BLOCK_N=8)
+
+
+gelu.picture(toy_tiles, 8, 16, title="gelu(x + bias): tiles of 4 rows and 8 columns", name="tiles")
 
 # %% [markdown]
 # How much arithmetic is free? An H200 moves an element of bf16 in and out in about a trillionth of a second, and in that
@@ -517,14 +527,63 @@ def drop_v2(x, bias, residual, p, seed, BLOCK_N: int = 2048, num_warps: int = 4)
 drop.rung("one kernel, no mask", drop_v2, drop_kernel_v2, note="the mask is a function of seed and index")
 
 # %% [markdown]
-# It moves the fewest bytes possible. Whether it also runs at the speed of memory is another question: a Philox counter
-# costs some 80 instructions, and here every element computes a whole counter, eight numbers, to use one of them. The
-# border was 27 an element for a pass in and a pass out, 40 for the three passes here: it is bound by *instructions*.
-#
-# Eight neighbours can share: a block of `BLOCK_N // 8` counters gives four words each, `tl.join` puts blocks together
-# along a new last dimension, and `reshape` makes one block of it in the order of the elements. Nothing moves between
-# threads: a thread that loads eight neighbours computes their counter itself. (A row must then begin with a new counter,
-# so N must be a multiple of 8; the shipped op computes a counter for each element where it is not.)
+# It moves the fewest bytes possible. Whether it also runs at the speed of memory is a question of *instructions*: a Philox
+# counter costs about 80 of them. The border was 27 an element for one pass in and one out, so it is some 40 for the three
+# passes here. If every element computed a counter of its own, as the source of `number_of` says, arithmetic would decide.
+# Does it? The compiled code tells. A counter takes ten rounds of two products, of which the upper half is an instruction
+# of its own in PTX, `mul.hi.u32`: count them.
+
+
+# %%
+@triton.jit
+def rand_kernel(x_ptr, out_ptr, N, seed, P: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Dropout with Triton's own tl.rand: a counter for each element, and three of its four words unused."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    mask_n = offs_n < N
+    x = tl.load(x_ptr + offs_n, mask=mask_n).to(tl.float32)
+    out = tl.where(tl.rand(seed, offs_n) >= P, x * SCALE, 0.0)
+    tl.store(out_ptr + offs_n, out.to(out_ptr.dtype.element_ty), mask=mask_n)
+
+
+def rand_dropout(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    N = x.numel()
+    rand_kernel[(triton.cdiv(N, 2048),)](x, out, N, 2026, P=0.1, SCALE=1 / 0.9, BLOCK_N=2048)
+    return out
+
+
+def counters(function, *inputs) -> float:
+    """Philox counters for each element in the code that is compiled for sm_90, for blocks of 2048 on 4 warps."""
+    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in inputs]
+    with interpreted.recorded(90) as launches:
+        function(*meta)
+    ptx = offline.compile_launch(launches[0], 90).kernel.asm["ptx"]
+    # 20 products a counter, but for two of the first round, whose factor is the same for all; 16 elements a thread
+    return ptx.count("mul.hi.u32") / 20 / 16
+
+
+def bf16_inputs(m: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, int]:
+    return *(torch.empty(shape, dtype=bf16) for shape in ((m, n), (n,), (m, n))), 0.1, 2026
+
+
+if not lesson.quiet:
+    rows = {
+        "`tl.rand`": counters(rand_dropout, torch.empty(8192, 8192, dtype=bf16)),
+        "ours, N = 8192": counters(drop_v2, *bf16_inputs(64, 8192)),
+        "ours, N = 8190": counters(drop_v2, *bf16_inputs(64, 8190)),
+    }
+    lines = ["| kernel | counters an element |", "|---|---|", *(f"| {name} | {n:.2f} |" for name, n in rows.items())]
+    lesson.say("\n".join(lines))
+
+# %% [markdown]
+# (Less than 1 where a product is the same for all elements, or nobody uses it.) With N = 8192 the compiler found by
+# itself that eight neighbours of one thread have the same `index // 8`, and computes it once. It could, because it was
+# told that N is a multiple of 16, so that every vector of eight begins with a new counter; with N = 8190 it does as the
+# source says. Performance that hangs on such a proof is better said in the source: a block of `BLOCK_N // 8` counters
+# gives four words each, `tl.join` puts blocks together along a new last dimension, and `reshape` makes one block of it
+# in the order of the elements. Nothing moves between threads, a thread that loads eight neighbours computes their
+# counter itself, and no element has to pick its number from four words. (A row must begin with a new counter, so N must
+# be a multiple of 8; the shipped op computes a counter for each element where it is not.)
 
 
 # %%
@@ -560,7 +619,7 @@ def drop_v3(x, bias, residual, p, seed, BLOCK_N: int = 2048, num_warps: int = 4)
     return out
 
 
-drop.rung("eight numbers a counter", drop_v3, drop_kernel_v3, note="one Philox for eight elements")
+drop.rung("eight numbers a counter", drop_v3, drop_kernel_v3, note="one Philox for eight elements, said in the source")
 drop.ladder("residual + dropout(x + bias)")
 
 # %%
@@ -570,11 +629,29 @@ separate, whole, shared = (
 )
 lesson.say(
     f"""
-    Two kernels {separate:.0f} us, one kernel {whole:.0f} us, with shared counters {shared:.0f} us, at
-    {100 * lesson.figure("bias_dropout_residual", "eight numbers a counter", "fraction"):.0f} % of the limit. Fusion moved the
-    bottleneck from memory to arithmetic; only then was arithmetic worth saving.
+    Two kernels {separate:.0f} us, one kernel {whole:.0f} us, the shared counter spelt out {shared:.0f} us, at
+    {100 * lesson.figure("bias_dropout_residual", "eight numbers a counter", "fraction"):.0f} % of the limit. And what random
+    numbers cost where there is little else to wait for, in a plain dropout of the same size, two passes over memory:
     """
 )
+
+
+def dropout_calls(function):
+    def calls():
+        x = lesson.randn(*lesson.size(SMALL, FULL), dtype=bf16)
+        return lambda: function(x)
+
+    return calls
+
+
+m, n = lesson.size(SMALL, FULL)
+for name, function in (
+    ("tl.rand, a counter for each element", rand_dropout),
+    ("torch.ops.tt.dropout, eight elements a counter", lambda x: torch.ops.tt.dropout(x, 0.1, 2026)),
+    ("F.dropout", lambda x: F.dropout(x, 0.1)),
+):
+    lesson.measure("dropout", name, dropout_calls(function), 4 * m * n, baseline=name == "F.dropout")
+lesson.table("dropout", "Dropout alone")
 
 # %% [markdown]
 # ## A bug on purpose
