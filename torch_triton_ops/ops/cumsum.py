@@ -197,14 +197,16 @@ def _cumsum_columns_kernel(
 
     total = tl.zeros((BLOCK_K,), ACC)
     error = tl.zeros((BLOCK_K,), ACC)
-    if BLOCK_S > 0:
-        offs_s = tl.arange(0, BLOCK_S)
-        if REVERSE:
-            mask_s = (offs_s > pid_s) & (offs_s < S)
-        else:
-            mask_s = offs_s < pid_s
-        parts_ptr = part_ptr + (pid_m * S + offs_s[:, None]) * K + offs_k[None, :]
-        total = tl.sum(tl.load(parts_ptr, mask=mask_s[:, None] & mask_k[None, :], other=0), axis=0)
+    if BLOCK_S > 0:  # the parts before this one, some rows of them at a time
+        for first in range(0, S, BLOCK_S):
+            offs_s = first + tl.arange(0, BLOCK_S)
+            if REVERSE:
+                mask_s = (offs_s > pid_s) & (offs_s < S)
+            else:
+                mask_s = offs_s < pid_s
+            parts_ptr = part_ptr + (pid_m * S + offs_s[:, None]) * K + offs_k[None, :]
+            part = tl.load(parts_ptr, mask=mask_s[:, None] & mask_k[None, :], other=0)
+            total, error = _carry(total, error, tl.sum(part, axis=0))
 
     start = pid_s.to(tl.int64) * chunk
     tiles = tl.cdiv(tl.minimum(N - start, chunk), BLOCK_N).to(tl.int32)
@@ -269,7 +271,7 @@ def _scan(x: torch.Tensor, dim: int, out: torch.Tensor, reverse: bool) -> None:
         *(view.x, parts, out, *(sizes if columns else (view.M * view.K, *sizes))),
         *(view.stride_m, view.stride_n, view.stride_k),
         REVERSE=reverse,
-        BLOCK_S=next_power_of_2(plan.parts) if plan.parts > 1 else 0,
+        BLOCK_S=0 if parts is None else 4 if columns else next_power_of_2(plan.parts),
         **scan,
     )
 
