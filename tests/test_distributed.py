@@ -132,6 +132,8 @@ def cases() -> Iterator[Case]:
     yield Case("matmul_inner", "matmul", product, "S1 S0", "P")
     yield Case("matmul_batch", "matmul", lambda: (randn(2, 3, 4), randn(2, 4, 5)), "S0 S0", "S0")
     yield Case("matmul_broadcast", "matmul", lambda: (randn(2, 3, 4), randn(4, 5)), "S0 R", "S0")
+    yield Case("bmm_batch", "bmm", lambda: (randn(2, 3, 4), randn(2, 4, 5)), "S0 S0", "S0")
+    yield Case("bmm_inner", "bmm", lambda: (randn(2, 3, 4), randn(2, 4, 5)), "S2 S1", "P")
     ce = "cross_entropy"
     yield Case("cross_entropy_none", ce, logits(4, 9), "S0 S0", "S0", {"reduction": "none"})
     yield Case("cross_entropy_sum", ce, logits(4, 9), "S0 S0", "P", {"reduction": "sum", "softcap": 5.0})
