@@ -440,7 +440,7 @@ ANSWERS = {
     ),
     "far": (
         answer(*LOADS, "tl.store(out_ptr + offs + (1 << 40), x, mask=mask)"),
-        r"program \(0, 0, 0\) of add_kernel writes 128 elements outside out",
+        r"program \(0, 0, 0\) of add_kernel writes 128 elements far outside every tensor",
         14,
     ),
     "kernel": (answer("x = undefined"), r"NameError: name 'undefined' is not defined", 12),

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
 TIMEOUT = 60.0  # seconds of one check
+FAR = 1 << 16  # elements
 HINT_LEVELS = progress.HINT_LEVELS
 
 
@@ -367,6 +368,7 @@ def _serve(order: dict[str, Any]) -> None:
     # asks NVML whether there is a GPU; asking CUDA would start it here, and a fork could not use it
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS warns in the debug mode below
     os.environ.pop("TRITON_INTERPRET", None)  # `interpreted` does that, without breaking torch.compile
     if order["device"] == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -541,10 +543,14 @@ def _outside(stray: Any, file: Path) -> tuple[str, int | None]:
     """An access outside a tensor, in words."""
     verb = {"load": "reads", "store": "writes"}.get(stray.kind, "updates")
     lanes = f"{stray.lanes} element{'s' * (stray.lanes != 1)}"
-    message = (
-        f"program {stray.program} of {stray.kernel} {verb} {lanes} outside {stray.tensor}, which has {stray.numel}:"
-        f" the first is number {stray.element} (is a mask missing, or an offset wrong?)"
-    )
+    who = f"program {stray.program} of {stray.kernel} {verb} {lanes}"
+    if not -FAR <= stray.element < stray.numel + FAR:  # nearest to which tensor it is then says nothing
+        message = f"{who} far outside every tensor (is an offset wrong?)"
+    else:
+        message = (
+            f"{who} outside {stray.tensor}, which has {stray.numel}: the first is number {stray.element}"
+            " (is a mask missing, or an offset wrong?)"
+        )
     return message, stray.line if stray.file == str(file) else None
 
 
