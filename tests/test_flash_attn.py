@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from torch_triton_ops import launch, offline
+from torch_triton_ops import launch, offline, registry
 from torch_triton_ops.ops import flash_attn
 
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="the interpreter runs the portable kernels alone")
@@ -39,6 +39,12 @@ def kernels(target=90, Sq=256, Skv=256, D=128, dtype=torch.bfloat16, **options):
 HOPPER, PORTABLE = ["_flash_attn_fwd_hopper_kernel"], ["_flash_attn_fwd_kernel"]
 HOPPER_BACKWARD = [f"_flash_attn_bwd_{part}_kernel" for part in ("prepare", "hopper", "cast")]
 PORTABLE_BACKWARD = [f"_flash_attn_bwd_{part}_kernel" for part in ("rows", "dkdv", "dq")]
+
+
+def test_all_its_files_count_as_its_source():
+    """The compile caches and the GPU record's staleness hang on them."""
+    files = {file.name for file in registry.spec("flash_attn").module_files()}
+    assert files == {"__init__.py", "triton_kernels.py", "hopper.py", "hopper_bwd.py"}
 
 
 @pytest.mark.parametrize("target", [80, 100])

@@ -573,7 +573,8 @@ _CONFIGS: dict[int, dict[str, Any]] = {
         "CONSUMERS": 2, "BLOCK_N": 64, "STAGES": 2, "OUT_IN_Q": True, "PING_PONG": False, "LAZY": True, "REGISTERS": 240,
     },
 }  # fmt: skip
-_TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+# How a box of 16-bit values lies in shared memory: as a warpgroup's matrix product wants its operands.
+TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 # K and V of the heads that run side by side should fill no more of the L2 cache than this.
 _L2_BYTES = 16 * 2**20
 
@@ -607,10 +608,10 @@ def forward(
     launch(
         _flash_attn_fwd_hopper_kernel,
         (min(sm_count(q.device), num_blocks * B * H),),
-        _boxes(q, ROWS.value, head_dim),
-        _boxes(k, block_n, head_dim),
-        _boxes(v, block_n, head_dim),
-        descriptor(out, (1, 1, ROWS.value, head_dim), _TILE),
+        boxes(q, ROWS.value, head_dim),
+        boxes(k, block_n, head_dim),
+        boxes(v, block_n, head_dim),
+        descriptor(out, (1, 1, ROWS.value, head_dim), TILE),
         out if lse is None else lse,  # a pointer that nobody follows, where there is nothing to save
         _tile_counter(q),
         *(scale * math.log2(math.e), Sq, Skv, num_blocks, H, group, B * H, section),
@@ -623,11 +624,11 @@ def forward(
     )
 
 
-def _boxes(x: torch.Tensor, rows: int, head_dim: int) -> Descriptor:
+def boxes(x: torch.Tensor, rows: int, head_dim: int) -> Descriptor:
     """Descriptor of x (B, H, S, D), or of a copy, for boxes of one head's (rows, head_dim)."""
     if not can_describe(x):
         x = x.clone(memory_format=torch.contiguous_format)  # contiguous() would keep a misaligned base
-    return descriptor(x, (1, 1, rows, head_dim), _TILE)
+    return descriptor(x, (1, 1, rows, head_dim), TILE)
 
 
 # --------------------------------------------------------------------------------------------------------------------

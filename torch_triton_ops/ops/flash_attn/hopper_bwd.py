@@ -40,8 +40,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from torch_triton_ops.launch import Descriptor, NotInlinable, can_describe, cdiv, descriptor, launch
+from torch_triton_ops.launch import NotInlinable, cdiv, descriptor, launch
 
+from .hopper import TILE, boxes
 from .triton_kernels import _load_rows
 
 BLOCK_M = gl.constexpr(64)  # queries of a step
@@ -499,7 +500,6 @@ def _flash_attn_bwd_cast_kernel(
 # Launch
 # --------------------------------------------------------------------------------------------------------------------
 
-_TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 _PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
@@ -547,14 +547,14 @@ def backward(
     launch(
         _flash_attn_bwd_hopper_kernel,
         (B * Hkv * key_blocks,),
-        _boxes(q),
-        _boxes(k),
-        _boxes(v),
-        _boxes(dout),
+        boxes(q, 64, HEAD_DIM.value),
+        boxes(k, 64, HEAD_DIM.value),
+        boxes(v, 64, HEAD_DIM.value),
+        boxes(dout, 64, HEAD_DIM.value),
         descriptor(rows, (2, BLOCK_M.value), _PLAIN),
         descriptor(sums, (32, HEAD_DIM.value), _PLAIN),
-        descriptor(dk, (1, 1, HALF_N.value, HEAD_DIM.value), _TILE),
-        descriptor(dv, (1, 1, HALF_N.value, HEAD_DIM.value), _TILE),
+        descriptor(dk, (1, 1, HALF_N.value, HEAD_DIM.value), TILE),
+        descriptor(dv, (1, 1, HALF_N.value, HEAD_DIM.value), TILE),
         *(scale, scale * math.log2(math.e), Skv, Skv - Sq, blocks, key_blocks, Hkv, B * Hkv, H // Hkv),
         num_warps=4,
         SECTION=4 if causal else 1,
@@ -569,13 +569,6 @@ def backward(
         SCALE=scale,
         D=D,
     )
-
-
-def _boxes(x: torch.Tensor) -> Descriptor:
-    """Descriptor of x (B, H, S, D), or of a copy, for boxes of one head's (64, HEAD_DIM)."""
-    if not can_describe(x):
-        x = x.clone(memory_format=torch.contiguous_format)  # contiguous() would keep a misaligned base
-    return descriptor(x, (1, 1, 64, HEAD_DIM.value), _TILE)
 
 
 def _unit_last_stride(x: torch.Tensor) -> torch.Tensor:
