@@ -1873,6 +1873,25 @@ def run_job(arguments: list[str], log: str) -> None:
         sys.exit(main(arguments))
 
 
+def _job_context(specs: Sequence[registry.OpSpec]) -> Any:
+    """Where processes come from: the fork of one that has imported everything and never touched a GPU, if that works.
+
+    Most of a process's time would go into imports otherwise.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # Inductor's own processes would compete with ours
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch.cuda.is_available() without a CUDA context
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch_triton_ops.testing", *(spec.module.__name__ for spec in specs)])
+    if torch.cuda.is_available():
+        with _without_main():
+            probe = context.Process(target=torch.cuda.init)
+            probe.start()
+            probe.join()
+        if probe.exitcode != 0:  # something imported had begun to use CUDA, and a fork cannot go on with that
+            return multiprocessing.get_context("spawn")
+    return context
+
+
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
     """Spares the processes started inside a second run of this one's main module."""
@@ -1898,12 +1917,7 @@ def _reports(
             yield spec, report, time.perf_counter() - start
         return
 
-    # Most of a process's time would go into imports: they are forked from one that has imported everything (and never
-    # touched a GPU). Inductor's own worker processes would only compete with ours.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    ops = [spec.module.__name__ for spec in specs]
-    context.set_forkserver_preload(["torch_triton_ops.testing", "torch._inductor.compile_fx", *ops])
+    context = _job_context(specs)
     job = importlib.import_module("torch_triton_ops.testing").run_job  # not __main__'s
 
     def run(spec: registry.OpSpec, dtype: torch.dtype, i: int, n: int, folder: str) -> tuple[list[CheckResult], float]:
