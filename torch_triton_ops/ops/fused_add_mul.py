@@ -193,7 +193,7 @@ def fused_add_mul_check(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> No
     # with x both broadcast; then so do all three, unless y and z clash where x has a size of one
     try:
         elementwise.broadcast_shape(y, z)
-    except RuntimeError:
+    except ValueError:
         shape = tuple(y.shape)
         bad_argument("fused_add_mul", "z", f"of shape {tuple(z.shape)}", f"one that broadcasts with y's, {shape}")
 
