@@ -47,6 +47,11 @@ def fused_add_mul_reference(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -
     return ((xf + yf) * zf).to(_result_dtype(x, y, z)).contiguous()
 
 
+def fused_add_mul_eager(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """With the sum rounded, and the terms of a broadcast input's gradient: those ours rounds, too."""
+    return (x + y) * z
+
+
 def fused_add_mul_bwd_reference(
     dout: torch.Tensor, x: torch.Tensor | None, y: torch.Tensor | None, z: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
