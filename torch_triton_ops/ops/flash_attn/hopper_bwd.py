@@ -112,10 +112,11 @@ class _Backward:
     # constants
     SECTION: gl.constexpr  # heads that run side by side
     IS_CAUSAL: gl.constexpr
-    EVEN_N: gl.constexpr
+    FIRST_IS_UNSEEN: gl.constexpr  # causal, and the first step's queries see no key of the second consumer
+    EVEN_N: gl.constexpr  # not causal, and no key block is partly empty
 
     @gluon.constexpr_function
-    def __init__(self, tensors, problem, buffers, barriers, SECTION, IS_CAUSAL, EVEN_N):
+    def __init__(self, tensors, problem, buffers, barriers, constants):
         self.q_desc, self.k_desc, self.v_desc, self.dout_desc = tensors[:4]
         self.rows_desc, self.dq_desc, self.dk_desc, self.dv_desc = tensors[4:]
         self.scale, self.scale_log2, self.Skv, self.first_place = problem[:4]
@@ -123,7 +124,7 @@ class _Backward:
         self.k, self.v, self.q, self.dout, self.rows, self.ds, self.dq, self.steps = buffers
         self.k_full, self.v_full, self.q_full, self.dout_full, self.empty, self.ds_full, self.ds_empty = barriers[:7]
         self.out_full, self.out_empty = barriers[7:]
-        self.SECTION, self.IS_CAUSAL, self.EVEN_N = map(gl.constexpr, (SECTION, IS_CAUSAL, EVEN_N))
+        self.SECTION, self.IS_CAUSAL, self.FIRST_IS_UNSEEN, self.EVEN_N = map(gl.constexpr, constants)
 
 
 @gluon.jit
@@ -300,13 +301,16 @@ def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
     mbarrier.wait(x.dout_full.index(slot), phase)
     dp_token = warpgroup_mma(x.v.index(WG), x.dout.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
 
+    edge = tail
+    if x.IS_CAUSAL:
+        edge = _read(x.steps, t % 4 * 2 + 1) - WG * HALF_N  # now, under the products
     s = warpgroup_mma_wait(1, [s_token])
     lse = rows.index(slot * 2).load(query_column)
     p = gl.exp2(s * x.scale_log2 - lse[None, :])
     if x.IS_CAUSAL:
-        p = _hide(p, _read(x.steps, t % 4 * 2 + 1) - WG * HALF_N, True)
+        p = _hide(p, edge, True)
     elif not x.EVEN_N:
-        p = _hide(p, tail, False)
+        p = _hide(p, edge, False)
 
     dp = warpgroup_mma_wait(0, [dp_token])
     delta = rows.index(slot * 2 + 1).load(query_column)
@@ -346,9 +350,20 @@ def _consumer(x, WG: gl.constexpr):
 
     mbarrier.wait(x.k_full, 0)
     mbarrier.wait(x.v_full, 0)
-    dk, dv = _step(x, 0, tail, dk, dv, False, WG)
-    for t in range(1, total):
-        dk, dv = _step(x, t, tail, dk, dv, True, WG)
+    if x.FIRST_IS_UNSEEN and WG == 1:
+        # The first queries see none of these keys: dS = 0.
+        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+        x.ds.index(1).store(gl.full([HALF_N, BLOCK_M], 0.0, dtype, s_layout))
+        fence_async_shared()
+        mbarrier.arrive(x.ds_full.index(0))
+        mbarrier.arrive(x.empty.index(0))
+        dk, dv = _step(x, 1, tail, dk, dv, True, WG)
+        for t in range(2, total):
+            dk, dv = _step(x, t, tail, dk, dv, True, WG)
+    else:
+        dk, dv = _step(x, 0, tail, dk, dv, False, WG)
+        for t in range(1, total):
+            dk, dv = _step(x, t, tail, dk, dv, True, WG)
 
     t = total - 1
 
@@ -389,7 +404,7 @@ def _consumer(x, WG: gl.constexpr):
 def _flash_attn_bwd_hopper_kernel(
     q_desc, k_desc, v_desc, dout_desc, rows_desc, dq_desc, dk_desc, dv_desc,
     scale, scale_log2, Skv, first_place, query_blocks, key_blocks, H, BH, heads_per_kv,
-    SECTION: gl.constexpr, IS_CAUSAL: gl.constexpr, EVEN_N: gl.constexpr,
+    SECTION: gl.constexpr, IS_CAUSAL: gl.constexpr, FIRST_IS_UNSEEN: gl.constexpr, EVEN_N: gl.constexpr,
 ):  # fmt: skip
     """Launched with num_warps=4, the first consumer's. H, BH count key heads."""
     dtype: gl.constexpr = q_desc.dtype
@@ -437,9 +452,7 @@ def _flash_attn_bwd_hopper_kernel(
         (scale, scale_log2, Skv, first_place, query_blocks, key_blocks, H, BH, heads_per_kv),
         (k, v, q, dout, rows, ds, dq, steps),
         (k_full, v_full, q_full, dout_full, empty, ds_full, ds_empty, out_full, out_empty),
-        SECTION,
-        IS_CAUSAL,
-        EVEN_N,
+        (SECTION, IS_CAUSAL, FIRST_IS_UNSEEN, EVEN_N),
     )
     # The first entry runs on the launch's own 4 warps; then 4 and 1 more.
     gl.warp_specialize([(_consumer, (x, 0)), (_consumer, (x, 1)), (_producer, (x,))], [4, 1], [240, 24])
@@ -559,6 +572,7 @@ def backward(
         num_warps=4,
         SECTION=4 if causal else 1,
         IS_CAUSAL=causal,
+        FIRST_IS_UNSEEN=causal and Skv <= Sq,
         EVEN_N=not causal and Skv % BLOCK_N.value == 0,
     )
     launch(
