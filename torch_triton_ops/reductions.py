@@ -227,7 +227,8 @@ def contiguous_plan(view: View, programs: int, parts: int, config: dict[str, int
 def dealt_plan(view: View, programs: int, parts: int, config: dict[str, int]) -> Plan:
     """At most `parts` parts that take tiles in turn."""
     BLOCK_N = config["BLOCK_N"]
-    parts = min(parts, cdiv(view.N, BLOCK_N))
+    tiles = cdiv(view.N, BLOCK_N)
+    parts = cdiv(tiles, cdiv(tiles, parts))  # so many tiles for each
     return Plan(programs, parts, BLOCK_N, parts * BLOCK_N, view.N, config)
 
 
@@ -255,7 +256,7 @@ def plan_columns(view: View, contiguous: bool = False) -> Plan:
     BLOCK_N = _block(view.N, _COLUMN_TILE // BLOCK_K)
     config = {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 1}
     programs = view.M * cdiv(view.K, BLOCK_K)
-    if programs >= _FULL * sms or view.N <= 4 * BLOCK_N:
+    if programs >= _FULL * sms or view.N <= 16 * BLOCK_N:
         return whole_plan(view, programs, config)
     parts = min(cdiv(_COLUMN_PARTS * sms, programs), cdiv(view.N, 4 * BLOCK_N))
     return (contiguous_plan if contiguous else dealt_plan)(view, programs, parts, config)
@@ -297,6 +298,18 @@ def _identity(A: tl.constexpr, B: tl.constexpr, dtype: tl.constexpr, OP: tl.cons
 
 
 @triton.jit
+def _halve(acc, axis: tl.constexpr):
+    """Both halves of a long axis added: a thread would add its own elements in a chain, which rounds more often."""
+    A: tl.constexpr = acc.shape[0]
+    B: tl.constexpr = acc.shape[1]
+    if axis == 1 and B >= 1024:
+        acc = tl.sum(tl.reshape(acc, (A, 2, B // 2)), axis=1)
+    elif axis == 0 and A >= 32:
+        acc = tl.sum(tl.reshape(acc, (2, A // 2, B)), axis=0)
+    return acc
+
+
+@triton.jit
 def _finish(acc, identity, count, axis: tl.constexpr, OP: tl.constexpr):
     """The accumulators of a tile along `axis`, in a tree."""
     if OP == "max" or OP == "min":
@@ -308,6 +321,7 @@ def _finish(acc, identity, count, axis: tl.constexpr, OP: tl.constexpr):
         if acc.dtype.is_floating():  # a NaN among them wins
             out = tl.where(tl.max((acc != acc).to(tl.int32), axis=axis) > 0, float("nan"), out)
     else:
+        acc = _halve(_halve(_halve(acc, axis), axis), axis)
         out = tl.sum(acc, axis=axis)
         if OP == "mean":
             if acc.dtype == tl.float64:

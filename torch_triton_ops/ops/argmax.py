@@ -240,7 +240,7 @@ def argmax_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[S
     yield Sample("rows_5x33", (t(5, 33), -1))
     yield Sample("middle_keepdim", (t(3, 70, 36), 1, True))
     yield Sample("all_17x1000", (t(17, 1000),))
-    yield Sample("long_columns_1200x3", (t(1200, 3), 0))
+    yield Sample("long_columns_5000x3", (t(5000, 3), 0))
     yield Sample("all_transposed", (t(33, 17).t(),))
     yield Sample("scalar", (t(),))
     yield Sample("no_result_0x1", (t(0, 1), 1))
