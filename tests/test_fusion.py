@@ -52,7 +52,7 @@ want = fusion.keep_reference(x, p, seed, offset)
 for block, grouped in ((8, True), (128, True), (1024, True), (64, False)):
     out = torch.empty(n)
     constexprs = dict(THRESHOLD=fusion.drop_threshold(p), SCALE=1.0, GROUPED=grouped, BLOCK_M=1, BLOCK_N=block)
-    launch(_dropout_fwd_kernel, (-(-n // block),), x, out, 1, n, n, seed, offset, **constexprs)
+    launch(_dropout_fwd_kernel, (-(-n // block),), x, out, 1, n, n, *fusion.split(seed), *fusion.split(offset), **constexprs)
     assert torch.equal(out != 0, want), (block, grouped)
 
 x = torch.ones(10, 200)

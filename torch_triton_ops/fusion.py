@@ -76,6 +76,16 @@ def keep_reference(x: torch.Tensor, p: float, seed: int, offset: int) -> torch.T
     return kept
 
 
+def split(value: int) -> tuple[int, int]:
+    """The lower 31 bits and the rest of a seed or offset: Inductor (torch 2.11) takes no constant past 2**31 - 1."""
+    return value % 2**31, value // 2**31
+
+
+@triton.jit
+def join(low, high):
+    return tl.cast(high, tl.int64) * 2147483648 + tl.cast(low, tl.int64)
+
+
 @triton.jit
 def keep(
     seed,

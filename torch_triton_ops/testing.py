@@ -1324,20 +1324,33 @@ def _has_autograd_kernel(op: Any) -> bool:
 
 
 def _check_repeat(case: _Case) -> None:
-    """The same bits every time, outputs and gradients."""
+    """The same bits every time: outputs, and gradients where deterministic algorithms are asked for, as torch promises."""
     times = 4 if case.subject.device.type == "cuda" else 1
     first = case.run()
     for _ in range(times):
         for name, want, got in zip(first.names, first.outputs, case.run().outputs, strict=True):
             _compare_bits(name, got, want, "before it was")
     if case.has_gradient:
-        first = case.run_with_gradients()
-        for _ in range(times):
-            again = case.run_with_gradients().gradients
-            for name, before in first.gradients.items():
-                now = again[name]
-                if before is not None and now is not None:
-                    _compare_bits(f"gradient of {name}", now, before, "before it was")
+        with _deterministic():
+            first = case.run_with_gradients()
+            for _ in range(times):
+                again = case.run_with_gradients().gradients
+                for name, before in first.gradients.items():
+                    now = again[name]
+                    if before is not None and now is not None:
+                        _compare_bits(f"gradient of {name}", now, before, "before it was")
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # torch's own operators between ours may have no such kernel
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
 
 
 def _check_compile(case: _Case) -> None:
@@ -1441,7 +1454,7 @@ def _check_cuda_graph(case: _Case) -> None:
     if not case.call.numel():
         raise _Skipped("the sample is empty: there is nothing to capture")
     for gradient in (False, True) if case.has_gradient else (False,):
-        with _context("forward and backward" if gradient else "forward"):
+        with _context("forward and backward" if gradient else "forward"), _deterministic():
             static = [t.contiguous() if 0 in t.stride() else t for t in _copy(case.call.tensors)]
             upstream = [None if v is None else v.clone() for v in case.upstream]
 

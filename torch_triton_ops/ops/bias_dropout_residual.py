@@ -37,7 +37,16 @@ import triton.language as tl
 
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.errors import bad_argument
-from torch_triton_ops.fusion import as_rows, column_sum_kernel, drop_threshold, keep, keep_reference, keep_scale
+from torch_triton_ops.fusion import (
+    as_rows,
+    column_sum_kernel,
+    drop_threshold,
+    join,
+    keep,
+    keep_reference,
+    keep_scale,
+    split,
+)
 from torch_triton_ops.launch import cdiv, launch, next_power_of_2
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -82,7 +91,7 @@ def bias_dropout_residual_bwd_reference(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["seed", "offset"])  # a new seed compiles nothing
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "offset_low", "offset_high"])  # a new seed compiles nothing
 def _bias_dropout_residual_fwd_kernel(
     x_ptr,
     bias_ptr,
@@ -92,8 +101,10 @@ def _bias_dropout_residual_fwd_kernel(
     N,
     stride_xm,
     stride_residualm,
-    seed,
-    offset,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
     HAS_BIAS: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SCALE: tl.constexpr,
@@ -113,12 +124,13 @@ def _bias_dropout_residual_fwd_kernel(
     residual = tl.load(residual_ptr + offs_m * stride_residualm + offs_n, mask=mask).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias_ptr + offs_n, mask=mask_n).to(tl.float32)
+    seed, offset = join(seed_low, seed_high), join(offset_low, offset_high)
     kept = keep(seed, offset, offs_m * N + start_n, THRESHOLD, GROUPED, BLOCK_M, BLOCK_N)
     out = residual + tl.where(kept, x * SCALE, 0.0)
     tl.store(out_ptr + offs_m * N + offs_n, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed", "offset"])  # a new seed compiles nothing
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "offset_low", "offset_high"])  # a new seed compiles nothing
 def _bias_dropout_residual_bwd_kernel(
     dout_ptr,
     dx_ptr,
@@ -126,8 +138,10 @@ def _bias_dropout_residual_bwd_kernel(
     M,
     N,
     stride_doutm,
-    seed,
-    offset,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
     NEEDS_DX: tl.constexpr,
     NEEDS_DBIAS: tl.constexpr,
     THRESHOLD: tl.constexpr,
@@ -154,6 +168,7 @@ def _bias_dropout_residual_bwd_kernel(
         mask = (offs_m < M) & mask_n[None, :]
         # 0 outside the tensor, so that those rows add nothing
         dout = tl.load(dout_ptr + offs_m * stride_doutm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        seed, offset = join(seed_low, seed_high), join(offset_low, offset_high)
         kept = keep(seed, offset, offs_m * N + start_n, THRESHOLD, GROUPED, BLOCK_M, BLOCK_N)
         dz = tl.where(kept, dout * SCALE, 0.0)  # (BLOCK_M, BLOCK_N)
         if NEEDS_DX:
@@ -197,8 +212,8 @@ def bias_dropout_residual(
         N,
         x.stride(0),
         residual.stride(0),
-        seed,
-        offset,
+        *split(seed),
+        *split(offset),
         HAS_BIAS=bias is not None,
         THRESHOLD=drop_threshold(p),
         SCALE=keep_scale(p),
@@ -238,8 +253,8 @@ def bias_dropout_residual_bwd(
         M,
         N,
         dout.stride(0),
-        seed,
-        offset,
+        *split(seed),
+        *split(offset),
         NEEDS_DX=needs[0],
         NEEDS_DBIAS=needs[1],
         THRESHOLD=drop_threshold(p),

@@ -33,7 +33,7 @@ import triton.language as tl
 
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.errors import bad_argument
-from torch_triton_ops.fusion import as_rows, drop_threshold, keep, keep_reference, keep_scale
+from torch_triton_ops.fusion import as_rows, drop_threshold, join, keep, keep_reference, keep_scale, split
 from torch_triton_ops.launch import cdiv, launch, next_power_of_2
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -51,15 +51,17 @@ def dropout_reference(x: torch.Tensor, p: float, seed: int, offset: int = 0) -> 
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["seed", "offset"])  # a new seed compiles nothing
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "offset_low", "offset_high"])  # a new seed compiles nothing
 def _dropout_fwd_kernel(
     x_ptr,
     out_ptr,
     M,
     N,
     stride_xm,
-    seed,
-    offset,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
     THRESHOLD: tl.constexpr,
     SCALE: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -74,6 +76,7 @@ def _dropout_fwd_kernel(
     offs_n = start_n + tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     mask = (offs_m < M) & (offs_n < N)
     x = tl.load(x_ptr + offs_m * stride_xm + offs_n, mask=mask).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    seed, offset = join(seed_low, seed_high), join(offset_low, offset_high)
     kept = keep(seed, offset, offs_m * N + start_n, THRESHOLD, GROUPED, BLOCK_M, BLOCK_N)
     out = tl.where(kept, x * SCALE, 0.0)
     tl.store(out_ptr + offs_m * N + offs_n, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -104,8 +107,8 @@ def dropout(x: torch.Tensor, p: float, seed: int, offset: int = 0) -> torch.Tens
         M,
         N,
         x.stride(0),
-        seed,
-        offset,
+        *split(seed),
+        *split(offset),
         THRESHOLD=drop_threshold(p),
         SCALE=keep_scale(p),
         GROUPED=bool(M == 1 or N % 8 == 0),

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch_triton_ops import elementwise
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.elementwise import tile, upcast
+from torch_triton_ops.special import exp_fp32
 
 
 def exp_reference(x: torch.Tensor) -> torch.Tensor:
@@ -36,24 +37,11 @@ def exp_bwd_reference(dout: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _exp(x):
-    """fp32, to about one unit in the last place; tl.exp, 2^(x log2(e)) with a rounded product, loses |x| units."""
-    # e^x = 2^k e^r with r = x - k ln 2 exact: ln 2 in two parts, of which k times the first has no rounding
-    bounded = tl.minimum(tl.maximum(x, -150.0), 130.0)
-    k = tl.floor(bounded * 1.4426950408889634 + 0.5)
-    r = (bounded - k * 0.693359375) + k * 0.00021219444005469057
-    # 2^k in two factors: k = 128 and k = -127 are not normal numbers, their halves are
-    half = tl.floor(k * 0.5)
-    out = tl.exp2(r * 1.4426950408889634) * tl.exp2(half) * tl.exp2(k - half)
-    return tl.where(x != x, x, out)
-
-
-@triton.jit
 def _exp_fwd_kernel(x_ptr, out_ptr, B, M, N, xa, xb, xm, xn, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     a, b, m, n, offs, mask = tile(B, M, N, BLOCK_M, BLOCK_N)
     x = upcast(tl.load(x_ptr + a * xa + b * xb + m * xm + n * xn, mask=mask), out_ptr)  # (BLOCK_M, BLOCK_N)
     if out_ptr.dtype.element_ty == tl.float32:
-        out = _exp(x)
+        out = exp_fp32(x)
     else:  # tl.exp is exact enough
         out = tl.exp(x)
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -31,6 +31,7 @@ from torch_triton_ops import elementwise
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.elementwise import tile, upcast
 from torch_triton_ops.errors import bad_argument
+from torch_triton_ops.special import exp_fp32
 
 
 def gelu_reference(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
@@ -42,13 +43,22 @@ def gelu_bwd_reference(dout: torch.Tensor, x: torch.Tensor, approximate: str) ->
 
 
 @triton.jit
+def _sigmoid_2u(x, EXACT: tl.constexpr):
+    z = -1.5957691216057308 * (x + 0.044715 * x * x * x)  # -2u
+    if EXACT:
+        return 1.0 / (1.0 + exp_fp32(z))
+    else:
+        return 1.0 / (1.0 + tl.exp(z))
+
+
+@triton.jit
 def _gelu_fwd_kernel(
     x_ptr, out_ptr, B, M, N, xa, xb, xm, xn, TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     a, b, m, n, offs, mask = tile(B, M, N, BLOCK_M, BLOCK_N)
     x = upcast(tl.load(x_ptr + a * xa + b * xb + m * xm + n * xn, mask=mask), out_ptr)  # (BLOCK_M, BLOCK_N)
     if TANH:
-        out = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        out = x * _sigmoid_2u(x, out_ptr.dtype.element_ty == tl.float32)
     else:
         out = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -63,7 +73,7 @@ def _gelu_bwd_kernel(
     dout = upcast(tl.load(dout_ptr + a * da + b * db + m * dm + n * dn, mask=mask), dx_ptr)  # (BLOCK_M, BLOCK_N)
     x = upcast(tl.load(x_ptr + a * xa + b * xb + m * xm + n * xn, mask=mask), dx_ptr)
     if TANH:
-        s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        s = _sigmoid_2u(x, dx_ptr.dtype.element_ty == tl.float32)
         slope = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     else:
         slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
