@@ -5,7 +5,8 @@ bounds: query i, whose place among the keys is p(i) = i + Skv - Sq, sees the key
 no bound.
 
 The backward is three kernels: one reduces each query's row to two numbers, one owns dk and dv, one owns dq. So nothing is
-added atomically, and results repeat bit for bit.
+added atomically, and results repeat bit for bit. In float32 the last runs once more, before the others, for the second of
+those numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 
 from torch_triton_ops.launch import INTERPRET, capability, cdiv, launch, next_power_of_2
+from torch_triton_ops.special import exp_fp32
 
 # --------------------------------------------------------------------------------------------------------------------
 # Kernels: parts that all of them use
@@ -124,7 +126,7 @@ def _exp(x_ptr, x):
     """exp of a difference of scores. They are kept in units of log 2, so that exp2 needs no product of its own; but in fp32
     in natural ones: there log2(e) comes after the subtraction, where its rounding is small, and a scale that is a power of
     two costs none."""
-    return tl.exp(x) if x_ptr.dtype.element_ty == tl.float32 else tl.exp2(x)
+    return exp_fp32(x) if x_ptr.dtype.element_ty == tl.float32 else tl.exp2(x)
 
 
 @triton.jit
@@ -375,12 +377,12 @@ def _flash_attn_bwd_dkdv_kernel(
 
 @triton.jit
 def _dq_step(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
+    acc, q, dout, lse, delta, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ONLY_DELTA: tl.constexpr
 ):  # fmt: skip
-    """One block of keys."""
+    """One block of keys, added to dq (BLOCK_M, BLOCK_D) or to delta (BLOCK_M,)."""
     k = _load_rows(k_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     if SOFTCAP > 0:
@@ -397,10 +399,13 @@ def _dq_step(
         p = tl.where(visible, p, 0.0)
     v = _load_rows(v_ptr, start_n, stride_vn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, UPCAST)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-    ds = p * (dp - delta[:, None])
-    if SOFTCAP > 0:
-        ds = ds * (1.0 - s * s)
-    return _dot_add(ds.to(k.dtype), k, dq, PRECISION)
+    if ONLY_DELTA:
+        return acc + tl.sum(p * dp, 1)
+    else:
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP > 0:
+            ds = ds * (1.0 - s * s)
+        return _dot_add(ds.to(k.dtype), k, acc, PRECISION)
 
 
 @triton.jit(do_not_specialize=["Sq", "Skv", "BH", "window_left", "window_right"])
@@ -413,9 +418,12 @@ def _flash_attn_bwd_dq_kernel(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HEADS_PER_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ONLY_DELTA: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries: the forward's loop over the keys."""
+    """dq of one block of queries: the forward's loop over the keys. ONLY_DELTA: delta = sum of P * dP over the keys instead.
+
+    That sum is dot(dout, out), too, but dP - delta then cancels as exactly as in eager attention: fp32 uses it.
+    """
     b, h, start_m = _head_and_block(tl.program_id(0), Sq, H, BH, GROUP, BLOCK_M, HAS_RIGHT)
     k_ptr += b * stride_kb + h // HEADS_PER_KV * stride_kh
     v_ptr += b * stride_vb + h // HEADS_PER_KV * stride_vh
@@ -428,8 +436,12 @@ def _flash_attn_bwd_dq_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     rows_ptr += (b * H + h) * Sq_padded
     lse = tl.load(rows_ptr + offs_m)
-    delta = tl.load(rows_ptr + tl.cast(BH, tl.int64) * Sq_padded + offs_m)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    delta_ptr = rows_ptr + tl.cast(BH, tl.int64) * Sq_padded
+    delta = tl.load(delta_ptr + offs_m)
+    if ONLY_DELTA:
+        acc = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     place = offs_m + (Skv - Sq)
     first = place - window_left
@@ -443,20 +455,23 @@ def _flash_attn_bwd_dq_kernel(
     )
     if full_begin < full_end:
         for start_n in range(full_begin, full_end, BLOCK_N):
-            dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
-                SCALE, SOFTCAP, HAS_LEFT, HEAD_DIM, BLOCK_N, BLOCK_D, False, PRECISION, UPCAST,
+            acc = _dq_step(
+                acc, q, dout, lse, delta, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
+                SCALE, SOFTCAP, HAS_LEFT, HEAD_DIM, BLOCK_N, BLOCK_D, False, PRECISION, UPCAST, ONLY_DELTA,
             )  # fmt: skip
     edge = (full_begin - begin) + (end - full_end)
     if edge > 0:
         for i in range(0, edge, BLOCK_N):
             start_n = tl.where(i < full_begin - begin, begin + i, full_end + i - (full_begin - begin))
-            dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
-                SCALE, SOFTCAP, HAS_LEFT, HEAD_DIM, BLOCK_N, BLOCK_D, True, PRECISION, UPCAST,
+            acc = _dq_step(
+                acc, q, dout, lse, delta, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
+                SCALE, SOFTCAP, HAS_LEFT, HEAD_DIM, BLOCK_N, BLOCK_D, True, PRECISION, UPCAST, ONLY_DELTA,
             )  # fmt: skip
-    dq_ptr += b * stride_dqb + h * stride_dqh
-    _store_rows(dq_ptr, dq * SCALE, start_m, stride_dqm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, UPCAST)
+    if ONLY_DELTA:
+        tl.store(delta_ptr + offs_m, acc, mask=offs_m < Sq)
+    else:
+        dq_ptr += b * stride_dqb + h * stride_dqh
+        _store_rows(dq_ptr, acc * SCALE, start_m, stride_dqm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, UPCAST)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -585,6 +600,24 @@ def backward(
         BLOCK_M=block_m,
         BLOCK_D=block_d,
     )
+    block_m, block_n, num_warps, num_stages = _config("dq", q.dtype, D, softcap, left, target)
+    dq_options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        **constexprs,
+    }
+    dq_grid = (cdiv(Sq, block_m) * B * H,)
+    if q.dtype == torch.float32:
+        launch(
+            _flash_attn_bwd_dq_kernel,
+            dq_grid,
+            *(dout, q, k, v, rows, None),
+            *(Sq, padded, Skv, H, B * H, left, right, *strides, 0, 0, 0),
+            ONLY_DELTA=True,
+            **dq_options,
+        )
     if dk is not None or dv is not None:
         block_m, block_n, num_warps, num_stages = _config("dkdv", q.dtype, D, softcap, left, target)
         launch(
@@ -601,17 +634,13 @@ def backward(
             **constexprs,
         )
     if dq is not None:
-        block_m, block_n, num_warps, num_stages = _config("dq", q.dtype, D, softcap, left, target)
         launch(
             _flash_attn_bwd_dq_kernel,
-            (cdiv(Sq, block_m) * B * H,),
+            dq_grid,
             *(dout, q, k, v, rows, dq),
             *(Sq, padded, Skv, H, B * H, left, right, *strides, *dq.stride()[:3]),
-            num_warps=num_warps,
-            num_stages=num_stages,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            **constexprs,
+            ONLY_DELTA=False,
+            **dq_options,
         )
 
 
