@@ -6,6 +6,8 @@ module is loaded at its first call.
 
 from __future__ import annotations
 
+import gc as _gc
+
 from torch_triton_ops import register as _register
 from torch_triton_ops import registry as _registry
 from torch_triton_ops.register import load_registry
@@ -14,4 +16,11 @@ from torch_triton_ops.registry import OpSpec, RegistryError, specs
 __all__ = ["OpSpec", "RegistryError", "__version__", "load_registry", "specs"]
 __version__ = "0.1.0"
 
-_register.register(_registry.read_registry(_registry.REGISTRY_FILE, _registry.NAMESPACE))
+# What registration allocates would set off a garbage collection, which walks all of torch: half of this import's time.
+_collects = _gc.isenabled()
+_gc.disable()
+try:
+    _register.register(_registry.read_registry(_registry.REGISTRY_FILE, _registry.NAMESPACE))
+finally:
+    if _collects:
+        _gc.enable()
