@@ -43,12 +43,15 @@ def gelu_bwd_reference(dout: torch.Tensor, x: torch.Tensor, approximate: str) ->
 
 
 @triton.jit
-def _sigmoid_2u(x, EXACT: tl.constexpr):
+def _sigmoids(x, EXACT: tl.constexpr):
+    """sigmoid(2u) and sigmoid(-2u), neither by a difference that cancels."""
     z = -1.5957691216057308 * (x + 0.044715 * x * x * x)  # -2u
     if EXACT:
-        return 1.0 / (1.0 + exp_fp32(z))
+        e = exp_fp32(z)
     else:
-        return 1.0 / (1.0 + tl.exp(z))
+        e = tl.exp(z)
+    s = 1.0 / (1.0 + e)
+    return s, tl.where(z > 0, 1.0 - s, e * s)
 
 
 @triton.jit
@@ -58,7 +61,8 @@ def _gelu_fwd_kernel(
     a, b, m, n, offs, mask = tile(B, M, N, BLOCK_M, BLOCK_N)
     x = upcast(tl.load(x_ptr + a * xa + b * xb + m * xm + n * xn, mask=mask), out_ptr)  # (BLOCK_M, BLOCK_N)
     if TANH:
-        out = x * _sigmoid_2u(x, out_ptr.dtype.element_ty == tl.float32)
+        s, _ = _sigmoids(x, out_ptr.dtype.element_ty == tl.float32)
+        out = x * s
     else:
         out = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -73,8 +77,8 @@ def _gelu_bwd_kernel(
     dout = upcast(tl.load(dout_ptr + a * da + b * db + m * dm + n * dn, mask=mask), dx_ptr)  # (BLOCK_M, BLOCK_N)
     x = upcast(tl.load(x_ptr + a * xa + b * xb + m * xm + n * xn, mask=mask), dx_ptr)
     if TANH:
-        s = _sigmoid_2u(x, dx_ptr.dtype.element_ty == tl.float32)
-        slope = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        s, rest = _sigmoids(x, dx_ptr.dtype.element_ty == tl.float32)
+        slope = s + x * s * rest * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     else:
         slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     tl.store(dx_ptr + offs, (dout * slope).to(dx_ptr.dtype.element_ty), mask=mask)
