@@ -13,6 +13,7 @@ import gc
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -549,6 +550,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
+        # a time limit's SIGTERM ends a run as Ctrl-C does: what was measured is saved
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         path = a.json
         if path is None and not a.quick:
             path = RESULTS / f"{record.slug(torch.cuda.get_device_name())}.json"
