@@ -81,6 +81,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"{name}_S1", name, lambda: (randn(4, 6),), "S1", "S1")
     mask = lambda: (randn(4, 6), torch.randn(6) > 0, -1.0)
     yield Case("masked_fill_S0", "masked_fill", mask, "S0 R R", "S0")
+    yield Case("bias_gelu_S0", "bias_gelu", row, "S0 R", "S0")
+    yield Case("fused_add_mul_S0", "fused_add_mul", lambda: (randn(4, 6), randn(6), randn(4, 6)), "S0 R S0", "S0")
     norm = lambda: (randn(4, 6, 8), randn(8))
     yield Case("rms_norm_S0", "rms_norm", norm, "S0 R", "S0")
     yield Case("rms_norm_S1", "rms_norm", norm, "S1 R", "S1")

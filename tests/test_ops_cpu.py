@@ -27,6 +27,8 @@ def every_sample() -> Iterator[Any]:
                 part = (i, len(samples))
                 if sample.slow_in_interpreter:
                     continue  # large, for the kernels on a GPU: the reference gains nothing from them
+                if dtype is not spec.dtypes[0] and i % 3:
+                    continue  # what is registered differs little between dtypes; the kernels are interpreted in all of them
                 yield pytest.param(spec, dtype, part, id=f"{spec.name}-{dtype_name(dtype)}-{sample.id}")
 
 

@@ -99,7 +99,7 @@ def amax_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sam
     yield Sample("rows_5x33", (t(5, 33), [-1]))
     yield Sample("middle_and_last_keepdim", (t(3, 5, 4, 7), [1, -1], True))
     yield Sample("columns_70x36", (t(70, 36), 0))
-    yield Sample("all_17x1000", (t(17, 1000),))
+    yield Sample("all_17x1x1000", (t(17, 1, 1000),))
     yield Sample("scalar", (t(),))
     yield Sample("no_result_0x3", (t(0, 3), 1))
     if dtype.is_floating_point and dtype != torch.float64:  # NaN, which no finite difference can check

@@ -335,6 +335,7 @@ def cumsum_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[S
     yield Sample("long_rows_2x20001", (t(2, 20001), 1))
     yield Sample("long_columns_1200x3", (t(1200, 3), 0))
     yield Sample("transposed", (t(33, 6).t(), -1))
+    yield Sample("size_one_5x1", (t(5, 1), 1))
     yield Sample("scalar", (t(), 0))
     yield Sample("empty_0x3", (t(0, 3), 0))
     if dtype.is_floating_point and dtype != torch.float64:
