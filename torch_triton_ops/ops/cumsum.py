@@ -13,8 +13,8 @@ The gradient is the running sum from the other end, by the same kernels.
 Additions in fp64 for fp32, in fp32 for half precision and in int64, each in a fixed order: the same bits every time. A
 program walks along its rows (or neighbouring columns) tile by tile: the running sums of a tile are a tree, and what
 went before it is carried in two numbers, sum and rounding error, so that the error does not grow with the number of
-tiles. Few and long rows are divided among programs: a first launch sums the parts, and each program of the second adds up the parts before its
-own.
+tiles. Few and long rows are divided among programs: a first launch sums the parts, and each program of the second
+adds up the parts before its own.
 
 Bytes: x read once, out written once; x is read twice where rows are divided.
 
