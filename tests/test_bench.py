@@ -424,7 +424,7 @@ def test_every_registered_op_runs_and_passes_its_check(fake_gpu: list[float]) ->
         sample = next(s for s in samples if all(t.numel() > 8 for t in s.args if isinstance(t, torch.Tensor)))
         case = BenchCase(sample.id, lambda device, dtype, s=sample: (s.args, s.kwargs))
         found = peers.find(spec.name, getattr(torch.ops.tt, spec.name), spec.function("reference"), ("eager",))
-        for pass_name in ("fwd", "fwdbwd", "bwd") if spec.differentiable else ("fwd",):
+        for pass_name in sorted({name for own in spec.function("bench_cases")() for name in own.passes}):
             fake_gpu[:] = [0.01, 0.02]
             rows = run.bench_pass(
                 spec, case, pass_name, found, LIMITS, run.Options(), "s", device="cpu", say=lambda line: None

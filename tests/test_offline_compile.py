@@ -42,6 +42,22 @@ def forward_and_backward(spec, args, kwargs):
         torch.autograd.grad(outputs, inputs, [torch.empty_like(o) for o in outputs])
 
 
+def hardest(launches):
+    """One launch for each kernel, dtype, config and option: of those that differ only in the sizes and addresses, or in the value
+    of a factor, the one of which Triton knows least (divisible by 16, equal to 1), because it needs most registers."""
+
+    def known(launch):
+        offsets = [a.storage_offset() * a.element_size() if isinstance(a, torch.Tensor) else a for a in launch.args]
+        return sum(type(a) is int and (a % 16 == 0 or a == 1) for a in offsets)
+
+    found = {}
+    for launch in sorted(launches, key=known):
+        kinds = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in launch.args)
+        factors = {n: c for n, c in launch.constexprs.items() if type(c) is not float or c in (-1.0, 0.0, 1.0)}
+        found.setdefault((launch.kernel, kinds, str(factors), str(launch.options)), launch)
+    return list(found.values())
+
+
 @pytest.mark.parametrize("target", offline.TARGETS, ids=lambda t: f"sm{t}")
 @pytest.mark.parametrize("spec", torch_triton_ops.specs(), ids=lambda s: s.name)
 def test_compiles_clean(spec, target):
@@ -49,7 +65,7 @@ def test_compiles_clean(spec, target):
         for args, kwargs in calls(spec, target):
             forward_and_backward(spec, args, kwargs)
 
-    launches = offline.record(run, target)
+    launches = hardest(offline.record(run, target))
     assert launches, f"{spec.qualname} recorded no launch"
     faults = {}
     for launch in launches:

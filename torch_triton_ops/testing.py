@@ -71,7 +71,8 @@ _SMALL = 1 << 22  # elements of a sample up to which every variant of strides an
 _BAND = 4096  # guard elements on either side of an allocation: an unmasked block's tail lands there
 _SEED = 20
 _LAYOUT_SAMPLES = 8  # samples, at least, on which every layout is tried
-_JOB_SAMPLES = 4  # samples of one op and dtype that a process of --jobs takes
+_JOB_SAMPLES = 4  # samples of one op and dtype that a process of --jobs takes,
+_WHOLE = 16  # unless there are no more than so many: a CUDA context costs seconds, and the driver makes one at a time
 _JOB_SECONDS = 900  # a deadlocked kernel must not hold the machine
 
 
@@ -1959,7 +1960,8 @@ def _reports(
     with _without_main(), tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         owner: dict[Future[tuple[list[CheckResult], float]], registry.OpSpec] = {}
         for spec in sorted(specs, key=lambda spec: -len(samples_of(spec, "cpu", spec.dtypes[0]))):  # the longest first
-            parts = -(-len(samples_of(spec, "cpu", spec.dtypes[0])) // _JOB_SAMPLES)
+            count = len(samples_of(spec, "cpu", spec.dtypes[0]))
+            parts = -(-count // _JOB_SAMPLES) if count > _WHOLE else 1
             for dtype in dtypes or spec.dtypes:
                 owner |= {pool.submit(run, spec, dtype, i, parts, folder): spec for i in range(parts)}
         found: dict[str, list[tuple[list[CheckResult], float]]] = {spec.name: [] for spec in specs}
