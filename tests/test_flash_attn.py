@@ -126,7 +126,7 @@ def test_wrong_setting_is_named():
 
 
 def test_untested_triton_runs_portable_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(flash_attn, "_GLUON_IS_TESTED", False)
+    monkeypatch.setattr(flash_attn, "gluon_ready", lambda device: False)
     flash_attn._warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -57,7 +57,7 @@ import triton
 
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.errors import bad_argument
-from torch_triton_ops.launch import capability
+from torch_triton_ops.launch import capability, gluon_ready
 
 from . import triton_kernels
 
@@ -243,7 +243,7 @@ def _forward(
 ) -> None:
     left, right = _bounds(q.shape[2], k.shape[2], causal, window_left, window_right)
     scale = _scale(q, scale)
-    if _takes_gluon(_gluon_refusal(q, k, scale, softcap, left, right)):
+    if _takes_gluon(q.device, _gluon_refusal(q, k, scale, softcap, left, right)):
         from . import hopper
 
         hopper.forward(q, k, v, out, lse, scale, right == 0)
@@ -269,7 +269,7 @@ def flash_attn_bwd(
     left, right = _bounds(q.shape[2], k.shape[2], causal, window_left, window_right)
     scale = _scale(q, scale)
     needs_dq, needs_dk, needs_dv = needs
-    if _takes_gluon(_gluon_bwd_refusal(q, k, scale, softcap, left, right)):
+    if _takes_gluon(q.device, _gluon_bwd_refusal(q, k, scale, softcap, left, right)):
         from . import hopper_bwd
 
         hopper_bwd.backward(
@@ -300,15 +300,13 @@ _SETTINGS = ("auto", "triton", "gluon")
 _setting = os.environ.get(_SETTING, "auto")
 if _setting not in _SETTINGS:
     raise ValueError(f"{_SETTING} is {_setting!r}; allowed: {', '.join(_SETTINGS)}")
-# Gluon's language and its compiler change from version to version: only what was tested runs.
-_GLUON_IS_TESTED = triton.__version__.startswith(("3.6.", "3.7."))
 
 
-def _takes_gluon(refusal: str | None) -> bool:
+def _takes_gluon(device: torch.device, refusal: str | None) -> bool:
     """Whether the Hopper kernels run, by the user's setting and by why they cannot, if they cannot."""
     if _setting == "triton":
         return False
-    if refusal is None and not _GLUON_IS_TESTED:
+    if refusal is None and not gluon_ready(device):
         refusal = f"they are tested with triton 3.6 and 3.7, not with {triton.__version__}"
         if _setting == "auto":
             _warn_once(refusal)

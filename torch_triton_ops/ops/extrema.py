@@ -1,6 +1,6 @@
-"""Minimum over any dims.
+"""Maximum (amax) and minimum (amin) over any dims.
 
-out = minimum of x over `dim`
+out = maximum, or minimum, of x over `dim`
 dx  = dout / (number of elements equal to out) where x equals out, else 0
 
 | tensor | shape | dtype |
@@ -16,7 +16,8 @@ written once. The kernels are those of `reductions.py`, which says how dims and 
 
 Errors: IndexError when a dim is out of range or empty, ValueError when one is named twice.
 
-Source: https://docs.pytorch.org/docs/stable/generated/torch.amin.html
+Sources: https://docs.pytorch.org/docs/stable/generated/torch.amax.html,
+https://docs.pytorch.org/docs/stable/generated/torch.amin.html
 """
 
 from __future__ import annotations
@@ -39,14 +40,24 @@ from torch_triton_ops.reductions import (
 )
 
 
+def amax_reference(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+    return torch.amax(x, normalize_dims(x, dim), keepdim).contiguous()
+
+
 def amin_reference(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
     return torch.amin(x, normalize_dims(x, dim), keepdim).contiguous()
 
 
-def amin_bwd_reference(
+def amax_bwd_reference(
     dout: torch.Tensor, x: torch.Tensor, out: torch.Tensor, dim: Sequence[int] | None, keepdim: bool
 ) -> torch.Tensor:
     return extremum_bwd_reference(dout, x, out, dim, keepdim)
+
+
+def amax(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+    out = amax_fake(x, dim, keepdim)
+    reduce("max", x, normalize_dims(x, dim), out)
+    return out
 
 
 def amin(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
@@ -55,34 +66,55 @@ def amin(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = Fals
     return out
 
 
-def amin_bwd(
+def amax_bwd(
     dout: torch.Tensor, x: torch.Tensor, out: torch.Tensor, dim: Sequence[int] | None, keepdim: bool
 ) -> torch.Tensor:
-    dx = amin_bwd_fake(dout, x, out, dim, keepdim)
+    dx = amax_bwd_fake(dout, x, out, dim, keepdim)
     extremum_bwd(dout, x, out, dim, dx)
     return dx
 
 
-def amin_fake(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+def amax_fake(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
     return x.new_empty(reduced_shape(x, dim, keepdim))
 
 
-def amin_bwd_fake(
+def amax_bwd_fake(
     dout: torch.Tensor, x: torch.Tensor, out: torch.Tensor, dim: Sequence[int] | None, keepdim: bool
 ) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
+def amax_check(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False) -> None:
+    _check("amax", x, dim)
+
+
 def amin_check(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False) -> None:
-    check_dims("amin", x, dim)
-    check_not_empty("amin", x, dim)
+    _check("amin", x, dim)
+
+
+def _check(op: str, x: torch.Tensor, dim: Sequence[int] | None) -> None:
+    check_dims(op, x, dim)
+    check_not_empty(op, x, dim)
+
+
+def amax_forward(ctx: Any, x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool) -> torch.Tensor:
+    return _forward(torch.ops.tt.amax, ctx, x, dim, keepdim)
 
 
 def amin_forward(ctx: Any, x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool) -> torch.Tensor:
-    out = torch.ops.tt.amin(x, dim, keepdim)
+    return _forward(torch.ops.tt.amin, ctx, x, dim, keepdim)
+
+
+def _forward(op: Any, ctx: Any, x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool) -> torch.Tensor:
+    out: torch.Tensor = op(x, dim, keepdim)
     ctx.save_for_backward(x, out)
     ctx.dim, ctx.keepdim = dim, keepdim
     return out
+
+
+def amax_backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor]:
+    x, out = ctx.saved_tensors
+    return (torch.ops.tt.amax_bwd(dout, x, out, ctx.dim, ctx.keepdim),)
 
 
 def amin_backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor]:
@@ -90,7 +122,7 @@ def amin_backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor]:
     return (torch.ops.tt.amin_bwd(dout, x, out, ctx.dim, ctx.keepdim),)
 
 
-def amin_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+def amax_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     def t(*shape: int) -> torch.Tensor:  # no two elements are equal where a finite difference is taken
         if dtype == torch.float64:
             return torch.randperm(math.prod(shape), device=device).view(shape).to(dtype)
@@ -104,24 +136,42 @@ def amin_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sam
     yield Sample("no_result_0x3", (t(0, 3), 1))
     if dtype.is_floating_point and dtype != torch.float64:  # NaN, which no finite difference can check
         x = t(3, 3001)
-        x[0, 2999], x[1] = float("nan"), float("inf")
+        x[0, 2999], x[1], x[2] = float("nan"), float("-inf"), float("inf")
         yield Sample("nan_and_inf", (x, [1]))
 
 
+def amax_error_samples(device: torch.device | str) -> Iterator[ErrorSample]:
+    yield from _error_samples("amax", device)
+
+
 def amin_error_samples(device: torch.device | str) -> Iterator[ErrorSample]:
+    yield from _error_samples("amin", device)
+
+
+def _error_samples(op: str, device: torch.device | str) -> Iterator[ErrorSample]:
     x = torch.randn(4, 5, device=device)
-    yield ErrorSample("dim_too_large", (x, 2), error=IndexError, match=r"amin.*'dim' is 2.*-2 to 1")
-    yield ErrorSample("empty_dim", (x[:, :0], 1), error=IndexError, match=r"amin.*'dim'.*\(4, 0\).*at least one")
+    yield ErrorSample("dim_too_large", (x, 2), error=IndexError, match=rf"{op}.*'dim' is 2.*-2 to 1")
+    yield ErrorSample("empty_dim", (x[:, :0], 1), error=IndexError, match=rf"{op}.*'dim'.*\(4, 0\).*at least one")
 
 
-def amin_bench_cases() -> Iterator[BenchCase]:
+def amax_bench_cases() -> Iterator[BenchCase]:
     def make(device: torch.device | str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (torch.randn(8192, 8192, device=device, dtype=dtype), [-1]), {}
 
     yield BenchCase("8192x8192_rows", make)
 
 
-def amin_cost(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False) -> Cost:
+def amax_cost(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False) -> Cost:
     result = math.prod(reduced_shape(x, dim, keepdim)) * x.element_size()
     size = x.numel() * x.element_size()
     return Cost(flops=x.numel(), bytes=size + result, backward_flops=2 * x.numel(), backward_bytes=2 * (size + result))
+
+
+# amin: what does not depend on which of the two is wanted. The gradient goes where x equals out.
+amin_bwd_reference = amax_bwd_reference
+amin_bwd = amax_bwd
+amin_fake = amax_fake
+amin_bwd_fake = amax_bwd_fake
+amin_samples = amax_samples
+amin_bench_cases = amax_bench_cases
+amin_cost = amax_cost
