@@ -36,7 +36,7 @@ def forward_and_backward(spec, args, kwargs):
     with torch.no_grad():
         spec.op(*args, **kwargs)
     out = spec.op(*args, **kwargs)
-    outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+    outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None and o.requires_grad]
     inputs = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
     if outputs:
         torch.autograd.grad(outputs, inputs, [torch.empty_like(o) for o in outputs])
