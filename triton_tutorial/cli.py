@@ -806,6 +806,75 @@ def viz(
 
 
 @app.command()
+def rlhf(
+    session: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where it is kept, and goes on; default: rlhf in your files.")
+    ] = None,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASTE", help="A simulated user chooses, who likes answers shorter, longer, polite or plain."
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many rounds; default: with q, or 20 if simulated.")
+    ] = None,
+    device: DeviceOption = Device.auto,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts of yours, one a line.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, max=48, help="Tokens of an answer, at most (24).")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.05, help="Of the sampling (0.8).")] = None,
+    beta: Annotated[float | None, typer.Option(min=1e-3, help="How strongly to hold to the reference (0.1).")] = None,
+    rate: Annotated[float | None, typer.Option(min=1e-8, help="Learning rate (0.0003).")] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="Comparisons before an update (1; simulated 8).")] = None,
+    replay: Annotated[int | None, typer.Option(min=0, help="Earlier choices learned again in each (7; 8).")] = None,
+    base_steps: Annotated[int | None, typer.Option(min=10, help="Training steps of the untuned model (200).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of everything that is random (0).")] = None,
+    json_: JsonFlag = False,
+) -> int:
+    """Tune a small language model to what you like: two answers, you choose, it learns at once. Goes on where it was."""
+    _need_torch()
+    import torch
+
+    from triton_tutorial import rlhf as tuning
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise TutorialError("this PyTorch sees no CUDA GPU; use --device cpu")
+    where = torch.device("cuda" if device is not Device.cpu and torch.cuda.is_available() else "cpu")
+    folder = (session or progress.home() / "rlhf").absolute()
+    given = {
+        "simulate": simulate,
+        "prompts": None if prompts is None else str(prompts.absolute()),
+        "length": length,
+        "temperature": temperature,
+        "beta": beta,
+        "rate": rate,
+        "pairs": pairs,
+        "replay": replay,
+        "base_steps": base_steps,
+        "seed": seed,
+    }
+    try:
+        found = tuning.run(folder, given, rounds, where, console(stderr=json_))
+    except BlockingIOError:
+        raise TutorialError(f"{folder} is open in another process; end that one, or give another --session") from None
+    except OSError as error:
+        raise TutorialError(f"{folder} cannot be written ({error.strerror or error}); give another --session") from None
+    except ValueError as error:  # a journal or checkpoint that does not fit; its message names file and line
+        raise TutorialError(str(error)) from error
+    if json_:
+        print_json(found)
+    else:
+        if "after" in found:
+            say(
+                f"\non prompts it was not tuned on, {found['before']:.0%} before and {found['after']:.0%} now",
+                "bold green",
+            )
+        say(f"kept in {folder}: choices.jsonl, preferences.jsonl (prompt, chosen, rejected), tuner.pt", "dim")
+        say(f"to go on: {NAME} rlhf" + ("" if session is None else f" --session {session}"), "dim")
+    return 130 if found["ended"] == "interrupted" else 0
+
+
+@app.command()
 def roofline(
     record: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A record of bench.run; default: this GPU's.")
