@@ -1838,7 +1838,7 @@ def stale(record: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `check_op` over the registry; see `--help`."""
     parser = argparse.ArgumentParser(prog="python -m torch_triton_ops.testing", description=main.__doc__)
-    parser.add_argument("--op", action="append", help="an op's name; may be repeated (default: every op)")
+    parser.add_argument("--op", action="append", metavar="OP[,OP]", help="only these ops; may be repeated")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", action="append", choices=sorted(registry.DTYPES), help="may be repeated")
     parser.add_argument("--check", action="append", choices=CHECKS, help="may be repeated (default: every check)")
@@ -1859,7 +1859,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no CUDA GPU is available here; run it on a machine with one, or with --device cpu", file=sys.stderr)
         return 2
-    specs = [registry.spec(name) for name in options.op] if options.op else registry.specs()
+    wanted = ",".join(options.op or ()).replace(" ", "")
+    specs = [registry.spec(name) for name in wanted.split(",")] if wanted else registry.specs()
     dtypes = [registry.DTYPES[name] for name in options.dtype] if options.dtype else None
     record = json.loads(options.record.read_text()) if options.record and options.record.is_file() else {}
     failed = 0
