@@ -149,6 +149,14 @@ def _rowwise(call: _Call) -> Iterator[_Placements]:
                 yield found
 
 
+def _batch(call: _Call) -> Iterator[_Placements]:
+    """The first dimension alone: samples are independent, and what belongs to channels is whole on every rank."""
+    shape = next(shape for name, shape in call.inputs.items() if name not in PARAMETERS)
+    found = _divide(call, 0, shape[0], PARAMETERS) if shape else None
+    if found is not None:
+        yield found
+
+
 def _reduction(call: _Call) -> Iterator[_Placements]:
     """Every dimension that is kept; and those that are reduced, where parts of the result make the whole."""
     from torch.distributed.tensor import Partial, Shard
@@ -266,6 +274,7 @@ RULES: dict[str, _Rule] = {
     "elementwise": _elementwise,
     "transposed": _transposed,
     "rowwise": _rowwise,
+    "batch": _batch,
     "reduction": _reduction,
     "batch_and_heads": _batch_and_heads,
     "cross_entropy": _cross_entropy,
