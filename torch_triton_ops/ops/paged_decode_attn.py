@@ -400,6 +400,7 @@ _TILE_BYTES = 16 * 1024  # of keys, and as many of values, in one step
 # A step's loads wait for its entry of the block table: the compiler gives that way one half of its stages, so that five are two
 # tiles of keys and of values in flight.
 _STAGES = 5
+_WARPS = 4
 _PROGRAMS_PER_SM = 4  # two run at a time; more even out sequences of different lengths
 _MIN_KEYS = 256  # of a split: below, starting a program costs more than it brings
 _MAX_SPLITS = 128
@@ -459,7 +460,7 @@ def paged_decode_attn(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
-        num_warps=4 if BLOCK_D <= 128 else 8,
+        num_warps=_WARPS if BLOCK_D <= 128 else 2 * _WARPS,
         num_stages=_STAGES,
     )
     if lse is not None:
