@@ -239,11 +239,14 @@ def show(comparison: Comparison, out: Console) -> None:
     grid = Table.grid(expand=True, padding=(0, 1))
     grid.add_column(ratio=1)
     grid.add_column(ratio=1)
-    answers = (comparison.first, comparison.second)
+    answers = [
+        printable(answer) + (" ..." if cut else "")
+        for answer, cut in ((comparison.first, comparison.first_cut), (comparison.second, comparison.second_cut))
+    ]
     grid.add_row(
         *(
             Panel(
-                Text.assemble((printable(comparison.prompt), "dim"), printable(answer) or "(nothing)"),
+                Text.assemble((printable(comparison.prompt), "dim"), answer or "(nothing)"),
                 title=f"[bold]{number}[/]",
                 title_align="left",
             )

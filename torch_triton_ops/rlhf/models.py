@@ -173,7 +173,7 @@ def generate(
     temperature: float = 1.0,
     forward: Forward = call,
 ) -> list[list[int]]:
-    """Sample one answer for each prompt, of at most `length` tokens, without the `end` that closed it.
+    """Sample one answer for each prompt, of at most `length` tokens; `end` is its last one unless the length cut it off.
 
     Args:
         prompts: tokens, at least one each; of any lengths.
@@ -208,7 +208,7 @@ def generate(
     answers = []
     for b, row in enumerate(tokens.tolist()):
         answer = row[len(prompts[b]) : len(prompts[b]) + length]
-        answers.append(answer[: answer.index(end)] if end in answer else answer)
+        answers.append(answer[: answer.index(end) + 1] if end in answer else answer)
     return answers
 
 

@@ -4,9 +4,10 @@ One object a line, in the columns that TRL and Hugging Face datasets use:
 
     {"prompt": "The interpreter ", "chosen": "stops.", "rejected": "stops, unless it does not."}
 
-Further columns are left out when reading. A column may also hold a conversation, a list of {"role", "content"} messages,
-where the reader is told how to write that as text. A file that another program reads while it grows never holds half a
-line: `append_lines` writes whole lines and waits until they are on the disk.
+An answer that a length limit cut off, and that the model had not ended, is marked by a further column, "chosen_cut" or
+"rejected_cut": true. Other columns are left out when reading. A column may also hold a conversation, a list of
+{"role", "content"} messages, where the reader is told how to write that as text. A file that another program reads while it
+grows never holds half a line: `append_lines` writes whole lines and waits until they are on the disk.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 COLUMNS = ("prompt", "chosen", "rejected")
+CUT = ("chosen_cut", "rejected_cut")
 Render = Callable[[list[dict[str, str]]], str]
 
 
@@ -31,14 +33,19 @@ class PreferenceError(ValueError):
 
 @dataclass(frozen=True)
 class Preference:
-    """`chosen` was preferred to `rejected` as the answer to `prompt`. The answers do not repeat the prompt."""
+    """`chosen` was preferred to `rejected` as the answer to `prompt`. The answers do not repeat the prompt.
+
+    An answer that was cut off is learned without an end: else the model would be taught to end, or not to, where it did neither.
+    """
 
     prompt: str
     chosen: str
     rejected: str
+    chosen_cut: bool = False
+    rejected_cut: bool = False
 
-    def as_json(self) -> dict[str, str]:
-        return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+    def as_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*COLUMNS, *CUT) if name in COLUMNS or getattr(self, name)}
 
 
 def read_preferences(path: str | os.PathLike[str], render: Render | None = None) -> list[Preference]:
@@ -63,7 +70,12 @@ def read_preferences(path: str | os.PathLike[str], render: Render | None = None)
                 raise PreferenceError(f"{where}: '{name}' is empty; an answer has at least one character")
         if texts["chosen"] == texts["rejected"]:
             raise PreferenceError(f"{where}: 'chosen' and 'rejected' are the same; leave the line out")
-        found.append(Preference(**texts))
+        cut = {name: value[name] for name in CUT if value.get(name) is not None}
+        for name, given in cut.items():
+            if not isinstance(given, bool):
+                raise PreferenceError(f"{where}: '{name}' must be true or false, not {json.dumps(given)[:40]}")
+        prompt, chosen, rejected = texts.values()
+        found.append(Preference(prompt, chosen, rejected, **cut))
     return found
 
 

@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from torch_triton_ops.rlhf.models import generate
+from torch_triton_ops.rlhf.models import Example, generate
 from torch_triton_ops.rlhf.preferences import (
     Preference,
     PreferenceError,
@@ -46,7 +46,7 @@ Choice = Literal["1", "2", "tie"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to a prompt, as they are shown. `policy` says which is the policy's: 1 or 2.
+    """Two answers to a prompt, as they are shown. `policy` says which is the policy's: 1 or 2; `cut`, which did not end.
 
     `guess` is the reward model's probability that the user chooses the first; `kl` the estimate, from this one answer of the
     policy's, of KL(policy || reference) in nats.
@@ -59,6 +59,8 @@ class Comparison:
     policy: int
     kl: float
     guess: float | None = None
+    first_cut: bool = False
+    second_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,17 @@ class Judged:
         c = self.comparison
         if self.choice == "tie" or c.first == c.second:
             return None
-        chosen, rejected = (c.first, c.second) if self.choice == "1" else (c.second, c.first)
-        return Preference(c.prompt, chosen, rejected)
+        if self.choice == "1":
+            return Preference(c.prompt, c.first, c.second, c.first_cut, c.second_cut)
+        return Preference(c.prompt, c.second, c.first, c.second_cut, c.first_cut)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self.comparison) | {"choice": self.choice}
 
     @classmethod
     def from_json(cls, value: dict[str, Any], where: str) -> Judged:
-        types = {"round": int, "prompt": str, "first": str, "second": str, "policy": int, "kl": float}
+        types: dict[str, type] = {"round": int, "prompt": str, "first": str, "second": str, "policy": int, "kl": float}
+        types |= {"first_cut": bool, "second_cut": bool}
         for name, kind in types.items():
             if type(value.get(name)) is not kind:
                 raise PreferenceError(f"{where}: '{name}' must be {kind.__name__}, not {value.get(name)!r:.40}")
@@ -244,19 +248,22 @@ def compare(
     for name, model in (("policy", tuner.policy), ("reference", tuner.reference)):
         generator = torch.Generator(tuner.device)
         generator.manual_seed(random.Random(f"{name} {seed} {number}").getrandbits(63))
-        tokens = generate(model, starts, length, tokenizer.end, generator, temperature, tuner.forward)
-        answers.append([tokenizer.decode(answer) for answer in tokens])
+        answers.append(generate(model, starts, length, tokenizer.end, generator, temperature, tuner.forward))
+    kls = tuner.divergence(
+        [Example(start, answer) for start, answer in zip(starts, answers[0], strict=True)], temperature
+    )
     chance = random.Random(f"order {seed} {number}")
     found = []
-    for prompt, ours, theirs in zip(prompts, *answers, strict=True):
+    for prompt, ours, theirs, kl in zip(prompts, *answers, kls, strict=True):
         policy = chance.choice((1, 2))
-        first, second = (ours, theirs) if policy == 1 else (theirs, ours)
+        pair = (ours, theirs) if policy == 1 else (theirs, ours)
+        cut = [answer[-1] != tokenizer.end for answer in pair]
+        first, second = (tokenizer.decode([t for t in answer if t != tokenizer.end]) for answer in pair)
         guess = None
         if tuner.reward is not None:
-            one, two = tuner.rewards(prompt, first, second)
+            one, two = tuner.rewards(prompt, first, second, cut=cut)
             guess = 1 / (1 + math.exp(min(two - one, 700.0)))
-        kl = tuner.divergence([(prompt, ours)], temperature)
-        found.append(Comparison(number, prompt, first, second, policy, kl, guess))
+        found.append(Comparison(number, prompt, first, second, policy, kl, guess, *cut))
     return found
 
 

@@ -41,6 +41,8 @@ class TunerConfig:
     Args:
         beta: of DPO: how strongly the policy is held to the reference; above 0.
         loss_type, label_smoothing: of `torch.ops.tt.dpo_loss`.
+        sft_weight: of the chosen answers' mean negative log-likelihood, in nats per token, added to the loss
+            (https://arxiv.org/abs/2404.19733). DPO alone widens the margin also by making both answers unlikely.
         learning_rate: of the policy's AdamW; `reward_learning_rate` of the reward model's.
         warm_up: updates over which both rates rise from 0, in a straight line.
         pairs: preferences an update takes from a stream.
@@ -54,6 +56,7 @@ class TunerConfig:
     beta: float = 0.1
     loss_type: str = "sigmoid"
     label_smoothing: float = 0.0
+    sft_weight: float = 0.0
     learning_rate: float = 1e-5
     reward_learning_rate: float = 1e-4
     weight_decay: float = 0.0
@@ -68,7 +71,14 @@ class TunerConfig:
         for name in ("beta", "learning_rate", "reward_learning_rate", "max_norm"):
             if not getattr(self, name) > 0:
                 raise _bad(name, getattr(self, name), "a number above 0")
-        for name, least in (("pairs", 1), ("micro_pairs", 1), ("context", 2), ("warm_up", 0), ("weight_decay", 0)):
+        for name, least in (
+            ("pairs", 1),
+            ("micro_pairs", 1),
+            ("context", 2),
+            ("warm_up", 0),
+            ("weight_decay", 0),
+            ("sft_weight", 0),
+        ):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise _bad(name, value, f"a number of at least {least}")
@@ -215,6 +225,9 @@ class PreferenceTuner:
         with torch.enable_grad(), self._autocast():
             policy = self._score(self.policy, batch).chunk(2)
         loss, chosen, rejected = self._loss(*policy, *reference)
+        if self.config.sft_weight:
+            tokens = 1.0 if self.config.loss_type == "ipo" else batch.lengths.chunk(2)[0]
+            loss = loss - self.config.sft_weight * (policy[0] / tokens).mean()
         self._scaler.scale(loss * share).backward()
         gain = (chosen - rejected).detach()
         measured = [loss.detach(), gain.mean(), (gain > 0).float().mean()]
@@ -251,14 +264,22 @@ class PreferenceTuner:
     # ---------------------------------------------------------------------------------------------------------------
 
     def examples(self, preference: Preference) -> tuple[Example, Example]:
-        """The two sequences of a preference: (chosen, rejected), each answer closed by the tokenizer's `end`."""
-        return self.tokens(preference.prompt, preference.chosen, preference.rejected)
+        """The two sequences of a preference: (chosen, rejected)."""
+        cut = (preference.chosen_cut, preference.rejected_cut)
+        chosen, rejected = self.tokens(preference.prompt, preference.chosen, preference.rejected, cut=cut)
+        return chosen, rejected
 
-    def tokens(self, prompt: str, *answers: str) -> Any:
-        """The sequences of a prompt's answers, all with the same prompt, cut to `config.context`."""
+    def tokens(self, prompt: str, *answers: str, cut: Sequence[bool] = ()) -> tuple[Example, ...]:
+        """The sequences of a prompt's answers, all with the same prompt, brought to `config.context`.
+
+        The tokenizer's `end` follows each answer, unless `cut` says that it was cut off.
+        """
         tokenizer, context = self.tokenizer, self.config.context
         start = tokenizer.encode(prompt) or [tokenizer.end]
-        ends = [[*tokenizer.encode(answer), tokenizer.end] for answer in answers]
+        ends = [tokenizer.encode(answer) for answer in answers]
+        for i, end in enumerate(ends):
+            if not end or not any(cut[i : i + 1]):
+                end.append(tokenizer.end)
         if context is not None:
             ends = [end[: context - 1] for end in ends]
             start = start[-(context - max(map(len, ends))) :]
@@ -271,31 +292,31 @@ class PreferenceTuner:
             return self._score(model, batch)
 
     @torch.no_grad()
-    def rewards(self, prompt: str, *answers: str) -> list[float]:
-        """The reward model's scores of some answers to a prompt; only their differences mean something."""
+    def rewards(self, prompt: str, *answers: str, cut: Sequence[bool] = ()) -> list[float]:
+        """The reward model's scores of some answers to a prompt; only their differences mean something. `cut`: see tokens."""
         if self.reward is None:
             raise _bad("reward", "None", "a reward model, given when the tuner is made")
         self.reward.eval()
-        batch = collate(self.tokens(prompt, *answers), self.tokenizer.end, self.device)
+        batch = collate(self.tokens(prompt, *answers, cut=cut), self.tokenizer.end, self.device)
         with self._autocast():
             return self.reward(batch).tolist()
 
     @torch.no_grad()
-    def divergence(self, samples: Sequence[tuple[str, str]], temperature: float = 1.0) -> float:
-        """KL(policy || reference) of whole answers, in nats, estimated from (prompt, answer) pairs that the policy sampled.
+    def divergence(self, samples: Sequence[Example], temperature: float = 1.0) -> list[float]:
+        """KL(policy || reference) of a whole answer, in nats, as each of these answers that the policy sampled estimates it.
 
         Each token adds r - 1 - log r with r = p_ref / p, which has the same mean as -log r, is never negative and varies
         less (http://joschu.net/blog/kl-approx.html). `temperature` is that of the sampling, and of the two distributions.
         """
         self.policy.eval()
-        batch = collate([self.tokens(*sample)[0] for sample in samples], self.tokenizer.end, self.device)
+        batch = collate(samples, self.tokenizer.end, self.device)
         with self._autocast():
             ours, theirs = (
                 logprobs(self.forward(model, batch.tokens), batch, temperature)
                 for model in (self.policy, self.reference)
             )
         ratio = theirs - ours
-        return batch.total(ratio.exp() - 1 - ratio).mean().item()
+        return batch.total(ratio.exp() - 1 - ratio).tolist()
 
     # ---------------------------------------------------------------------------------------------------------------
     # Checkpoints
