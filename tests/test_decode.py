@@ -23,7 +23,7 @@ from torch_triton_ops.ops import kv_cache_write as write, paged_decode_attn as d
 
 def check(args, options):
     found = torch.ops.tt.paged_decode_attn(*args, **options)
-    torch.testing.assert_close(found, decode.paged_decode_attn_reference(*args, **options), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found, decode.paged_decode_attn_reference(*args, **options), rtol=1e-5, atol=1e-5)
 
 # Splits of a tile each, more than the second kernel takes in one step, and a sequence of none.
 decode._MIN_KEYS, decode._TILE_BYTES, decode._PROGRAMS_PER_SM = 16, 1, 200
