@@ -44,7 +44,7 @@ PORTABLE_BACKWARD = [f"_flash_attn_bwd_{part}_kernel" for part in ("rows", "dkdv
 def test_all_its_files_count_as_its_source():
     """The compile caches and the GPU record's staleness hang on them."""
     files = {file.name for file in registry.spec("flash_attn").module_files()}
-    assert files == {"__init__.py", "triton_kernels.py", "hopper.py", "hopper_bwd.py"}
+    assert files == {"__init__.py", "triton_kernels.py", "hopper.py", "hopper_bwd.py", "hopper_bwd_wide.py"}
 
 
 @pytest.mark.parametrize("target", [80, 100])
@@ -77,13 +77,13 @@ def test_what_gluon_lacks_is_portable(call):
     assert kernels(**call) == PORTABLE
 
 
-@pytest.mark.parametrize("D", [72, 96, 128])
-def test_hopper_backward(D):
-    assert backward_kernels(D=D) == backward_kernels(D=D, causal=True, Sq=65, Skv=1) == HOPPER_BACKWARD
+@pytest.mark.parametrize(("D", "Sq"), [(40, 129), (64, 129), (72, 65), (128, 65)])
+def test_hopper_backward(D, Sq):
+    assert backward_kernels(D=D) == backward_kernels(D=D, causal=True, Sq=Sq, Skv=1) == HOPPER_BACKWARD
 
 
 @pytest.mark.parametrize(
-    "call", [{"D": 64}, {"D": 256}, {"Sq": 64}, {"softcap": 5.0}, {"dtype": torch.float32}], ids=str
+    "call", [{"D": 64, "Sq": 128}, {"D": 256}, {"Sq": 64}, {"softcap": 5.0}, {"dtype": torch.float32}], ids=str
 )
 def test_what_the_hopper_backward_lacks_is_portable(call):
     wanted = list(PORTABLE_BACKWARD)

@@ -1,8 +1,10 @@
 """Attention backward for Hopper (sm_90), in Gluon. Read hopper.py first: the same roles, barriers and descriptors.
 
+For head sizes up to 128; hopper_bwd_wide.py has the kernel for larger ones.
+
 A program owns BLOCK_N = 128 keys of one key head, with dK and dV in its registers, and walks over the queries that see them,
-64 at a time, head after head of the group that shares these keys: so dK and dV are summed without atomics. One producer warp
-loads; two consumer warpgroups own 64 keys each. A step computes, transposed so that P^T is in registers exactly as the
+BLOCK_M at a time, head after head of the group that shares these keys: so dK and dV are summed without atomics. One producer
+warp loads; two consumer warpgroups own 64 keys each. A step computes, transposed so that P^T is in registers exactly as the
 operand of the next product,
 
     S^T = K Q^T,  dP^T = V dO^T,  P^T = exp(S^T - lse),  dS^T = P^T * (dP^T - delta),  dV += P^T dO,  dK += dS^T Q
@@ -45,10 +47,8 @@ from torch_triton_ops.launch import NotInlinable, cdiv, descriptor, launch
 from .hopper import TILE, boxes
 from .triton_kernels import _load_rows
 
-BLOCK_M = gl.constexpr(64)  # queries of a step
 HALF_N = gl.constexpr(64)  # keys of a consumer
 BLOCK_N = gl.constexpr(128)  # keys of a program
-HEAD_DIM = gl.constexpr(128)
 STAGES = gl.constexpr(2)  # depth of the Q / dO ring; 3 is slower
 
 
@@ -110,6 +110,9 @@ class _Backward:
     out_full: gl.shared_memory_descriptor  # (2, 1): a consumer's dV, then its dK, lies where its half of V was
     out_empty: gl.shared_memory_descriptor  # its dV has been sent
     # constants
+    HEAD_DIM: gl.constexpr
+    BLOCK_M: gl.constexpr  # queries of a step
+    BLOCK_N: gl.constexpr  # keys of a program
     SECTION: gl.constexpr  # heads that run side by side
     IS_CAUSAL: gl.constexpr
     FIRST_IS_UNSEEN: gl.constexpr  # causal, and the first step's queries see no key of the second consumer
@@ -124,11 +127,12 @@ class _Backward:
         self.k, self.v, self.q, self.dout, self.rows, self.ds, self.dq, self.steps = buffers
         self.k_full, self.v_full, self.q_full, self.dout_full, self.empty, self.ds_full, self.ds_empty = barriers[:7]
         self.out_full, self.out_empty = barriers[7:]
-        self.SECTION, self.IS_CAUSAL, self.FIRST_IS_UNSEEN, self.EVEN_N = map(gl.constexpr, constants)
+        self.HEAD_DIM, self.BLOCK_M, self.BLOCK_N, self.SECTION = map(gl.constexpr, constants[:4])
+        self.IS_CAUSAL, self.FIRST_IS_UNSEEN, self.EVEN_N = map(gl.constexpr, constants[4:])
 
 
 @gluon.jit
-def _place(x):
+def place(x):
     """(batch, key head, first key, first query block, number of query blocks) of this program.
 
     Heads are taken in sections, so that their Q, dO and dQ stay in L2. Inside a section the first keys of every head come
@@ -138,11 +142,11 @@ def _place(x):
     section = pid // (x.SECTION * x.key_blocks)
     rest = pid % (x.SECTION * x.key_blocks)
     size = gl.minimum(x.SECTION, x.BH - section * x.SECTION)  # the last section may be smaller
-    start_n = rest // size * BLOCK_N
+    start_n = rest // size * x.BLOCK_N
     bh = section * x.SECTION + rest % size
     first = 0
     if x.IS_CAUSAL:  # earlier queries see none of these keys; but every program takes two steps at least
-        first = gl.minimum(gl.maximum(start_n - x.first_place, 0) // BLOCK_M, x.query_blocks - 2)
+        first = gl.minimum(gl.maximum(start_n - x.first_place, 0) // x.BLOCK_M, x.query_blocks - 2)
     return bh // x.H, bh % x.H, start_n, first, x.query_blocks - first
 
 
@@ -153,38 +157,37 @@ def _place(x):
 
 @gluon.jit
 def _producer(x):
-    b, h, start_n, first, steps = _place(x)
-    KV_BYTES: gl.constexpr = BLOCK_N * HEAD_DIM * 2
+    b, h, start_n, first, steps = place(x)
+    KV_BYTES: gl.constexpr = x.BLOCK_N * x.HEAD_DIM * 2
     mbarrier.expect(x.k_full, KV_BYTES)
     for c in gl.static_range(2):
         tma.async_copy_global_to_shared(x.k_desc, [b, h, start_n + c * HALF_N, 0], x.k_full, x.k.index(c))
     t = 0
-    row = (
-        (b * x.H + h) * x.heads_per_kv * x.query_blocks * BLOCK_M
-    )  # of the head's first query, among those of all heads
+    # of the head's first query, among those of all heads
+    row = (b * x.H + h) * x.heads_per_kv * x.query_blocks * x.BLOCK_M
     for g in range(x.heads_per_kv):
         hq = h * x.heads_per_kv + g
         for i in range(steps):
             slot = t % STAGES
-            start_m = (first + i) * BLOCK_M
+            start_m = (first + i) * x.BLOCK_M
             # One barrier frees Q and dO together; the first STAGES waits (of the opposite phase) pass at once.
             mbarrier.wait(x.empty.index(slot), ((t // STAGES) & 1) ^ 1)
-            _write(x.steps, t % 4 * 2, row + start_m)
+            write(x.steps, t % 4 * 2, row + start_m)
             if x.IS_CAUSAL:
-                _write(x.steps, t % 4 * 2 + 1, start_m + x.first_place - start_n)
-            mbarrier.expect(x.q_full.index(slot), BLOCK_M * HEAD_DIM * 2 + 2 * BLOCK_M * 4)
+                write(x.steps, t % 4 * 2 + 1, start_m + x.first_place - start_n)
+            mbarrier.expect(x.q_full.index(slot), x.BLOCK_M * x.HEAD_DIM * 2 + 2 * x.BLOCK_M * 4)
             tma.async_copy_global_to_shared(x.q_desc, [b, hq, start_m, 0], x.q_full.index(slot), x.q.index(slot))
             tma.async_copy_global_to_shared(x.rows_desc, [0, row + start_m], x.q_full.index(slot), x.rows.index(slot))
             if t == 0:
                 mbarrier.expect(x.v_full, KV_BYTES)
                 for c in gl.static_range(2):
                     tma.async_copy_global_to_shared(x.v_desc, [b, h, start_n + c * HALF_N, 0], x.v_full, x.v.index(c))
-            mbarrier.expect(x.dout_full.index(slot), BLOCK_M * HEAD_DIM * 2)
+            mbarrier.expect(x.dout_full.index(slot), x.BLOCK_M * x.HEAD_DIM * 2)
             tma.async_copy_global_to_shared(
                 x.dout_desc, [b, hq, start_m, 0], x.dout_full.index(slot), x.dout.index(slot)
             )
             t += 1
-        row += x.query_blocks * BLOCK_M
+        row += x.query_blocks * x.BLOCK_M
 
     for c in gl.static_range(2):
         mbarrier.wait(x.out_full.index(c), 0)
@@ -199,29 +202,37 @@ def _producer(x):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Consumer WG (0 or 1): one warpgroup with 64 rows of dK and dV, and 64 columns of dQ
-#
-# Steps are numbered from 1. Step 0 is nobody's: its dQ, which step 1 computes from whatever shared memory held, goes to a row
-# before the first one, where TMA drops it. So every step is alike.
+# Consumer WG (0 or 1): one warpgroup with 64 rows of dK and dV, and half of dQ
 # --------------------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
 def _issue_dq(x, t, WG: gl.constexpr):
-    """dQ(t)[:, WG's 64 columns] = dS(t) K[:, these columns], over all 128 keys; asynchronous."""
+    """dQ(t)'s part of this consumer, (64, 64), = dS(t) K over all 128 keys; asynchronous.
+
+    The part: at HEAD_DIM 128 (BLOCK_M 64) these 64 columns, at HEAD_DIM 64 (BLOCK_M 128) these 64 queries.
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     panel: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    zero = gl.full([BLOCK_M, 64], 0.0, gl.float32, layout)
+    zero = gl.full([64, 64], 0.0, gl.float32, layout)
     # In shared memory a (64, 128) tile of 16 bits with 128-byte swizzle is two panels of (64, 64).
-    panels = x.k._reinterpret(x.k.dtype, [4, HALF_N, 64], panel)
     ds = (t % 2) * 2
-    token = warpgroup_mma(x.ds.index(ds).permute([1, 0]), panels.index(WG), zero, use_acc=False, is_async=True)
-    return warpgroup_mma(x.ds.index(ds + 1).permute([1, 0]), panels.index(2 + WG), token, is_async=True)
+    if x.HEAD_DIM == 128:
+        panels = x.k._reinterpret(x.k.dtype, [4, HALF_N, 64], panel)
+        token = warpgroup_mma(x.ds.index(ds).permute([1, 0]), panels.index(WG), zero, use_acc=False, is_async=True)
+        token = warpgroup_mma(x.ds.index(ds + 1).permute([1, 0]), panels.index(2 + WG), token, is_async=True)
+    else:
+        panels = x.ds._reinterpret(x.k.dtype, [8, HALF_N, 64], panel)
+        first = panels.index(ds * 2 + WG).permute([1, 0])
+        token = warpgroup_mma(first, x.k.index(0), zero, use_acc=False, is_async=True)
+        token = warpgroup_mma(panels.index(ds * 2 + 2 + WG).permute([1, 0]), x.k.index(1), token, is_async=True)
+    return token
 
 
 @gluon.jit
 def _add_dq(x, row, dq, WG: gl.constexpr):
-    """Row `row` of the sums += dq, (BLOCK_M, 64)."""
+    """The sums += dq, (64, 64), of the block of queries that begins with number `row`."""
+    row = row * x.HEAD_DIM // 128 + WG * 32
     tma.store_wait(0)  # the reduce-add before this one has read the buffer
     stage = x.dq.index(WG)
     stage.store(dq)
@@ -231,48 +242,49 @@ def _add_dq(x, row, dq, WG: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _hide_asm(causal):
-    """Of a (64, 64) accumulator a thread holds, in this order, for each j < 8: columns 8 j + 2 (lane % 4) + (0, 1) of row
-    16 warp + lane / 4, then the same of the row 8 further down. Operand 64 is the edge; the indices are computed here because
-    the compiler would keep them in registers across the loop, which has none to spare."""
+def _hide_asm(causal, registers):
+    """Of an accumulator of 64 rows a thread holds, in this order, for each j: columns 8 j + 2 (lane % 4) + (0, 1) of row
+    16 warp + lane / 4, then the same of the row 8 further down. Operand 2 * registers is the edge. The indices are computed
+    here because the compiler would keep them in registers across the loop, which has none to spare."""
     rows = "mov.u32 lane, %tid.x; bfe.u32 row, lane, 5, 2; bfe.u32 part, lane, 2, 3; mad.lo.s32 row, row, 16, part; "
     if causal:  # column + edge >= row, that is 8 j + e >= row - edge - 2 (lane % 4)
-        bound = "sub.s32 row, row, $64; and.b32 part, lane, 3; shl.b32 part, part, 1; sub.s32 row, row, part; "
-        test = [f"setp.le.s32 p, {'low' if i & 2 else 'row'}, {i // 4 * 8 + i % 2};" for i in range(32)]
+        bound = f"sub.s32 row, row, ${2 * registers}; and.b32 part, lane, 3; shl.b32 part, part, 1; sub.s32 row, row, part; "
+        test = [f"setp.le.s32 p, {'low' if i & 2 else 'row'}, {i // 4 * 8 + i % 2};" for i in range(registers)]
     else:  # row < edge
         bound = ""
-        test = [f"setp.lt.s32 p, {'low' if i & 2 else 'row'}, $64;" for i in range(32)]
-    select = " ".join(f"{test[i]} selp.f32 ${i}, ${i}, 0f00000000, p;" for i in range(32))
+        test = [f"setp.lt.s32 p, {'low' if i & 2 else 'row'}, ${2 * registers};" for i in range(registers)]
+    select = " ".join(f"{test[i]} selp.f32 ${i}, ${i}, 0f00000000, p;" for i in range(registers))
     return (
-        f"{{ .reg .pred p; .reg .s32 row, low, part; .reg .u32 lane; setp.ge.s32 p, $64, {63 if causal else 64}; "
+        f"{{ .reg .pred p; .reg .s32 row, low, part; .reg .u32 lane; setp.ge.s32 p, ${2 * registers}, {63 if causal else 64}; "
         f"@p bra DONE; {rows}{bound}add.s32 low, row, 8; {select} DONE: }}"
     )
 
 
 @gluon.constexpr_function
-def _hide_constraints():
-    return ",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["r"] * 32)
+def _hide_constraints(registers):
+    return ",".join(["=f"] * registers + [str(i) for i in range(registers)] + ["r"] * registers)
 
 
 @gluon.jit
-def _hide(p, edge, CAUSAL: gl.constexpr):
-    """P^T (64 keys, 64 queries) with 0 where query + edge < key (CAUSAL), else where key >= edge. Jumps over it all where
+def hide(p, edge, CAUSAL: gl.constexpr):
+    """P^T (64 keys, queries) with 0 where query + edge < key (CAUSAL), else where key >= edge. Jumps over it all where
     nothing is to be hidden, as in most steps."""
-    asm: gl.constexpr = _hide_asm(CAUSAL)
-    constraints: gl.constexpr = _hide_constraints()
+    registers: gl.constexpr = p.shape[0] * p.shape[1] // 128
+    asm: gl.constexpr = _hide_asm(CAUSAL, registers)
+    constraints: gl.constexpr = _hide_constraints(registers)
     edge = gl.full([p.shape[0], p.shape[1]], 0, gl.int32, p.type.layout) + edge
-    return gl.inline_asm_elementwise(asm, constraints, [p, edge], dtype=gl.float32, is_pure=True, pack=32)
+    return gl.inline_asm_elementwise(asm, constraints, [p, edge], dtype=gl.float32, is_pure=True, pack=registers)
 
 
 @gluon.jit
-def _read(ints, i):
+def read(ints, i):
     """Number i of a shared array of int32."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     return gl.max(ints.index(i).load(layout), 0)
 
 
 @gluon.jit
-def _write(ints, i, value):
+def write(ints, i, value):
     """By the producer's one warp."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     ints.index(i).store(gl.full([1], value, gl.int32, layout))
@@ -285,17 +297,17 @@ def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
     edge, if MASKED: the first query's place among the keys minus the first key (causal), or the first key. Everything issued is
     awaited within the step: ptxas serialised every variant with products in flight across the back edge of the loop.
     """
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, x.BLOCK_M, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, x.HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)  # P^T as an operand in registers
     query_column: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = x.q_desc.dtype
-    zero = gl.full([HALF_N, BLOCK_M], 0.0, gl.float32, s_layout)
-    rows = x.rows._reinterpret(gl.float32, [2 * STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    zero = gl.full([HALF_N, x.BLOCK_M], 0.0, gl.float32, s_layout)
+    rows = x.rows._reinterpret(gl.float32, [2 * STAGES, x.BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     slot = t % STAGES
     phase = (t // STAGES) & 1
 
-    # Rows are keys, columns are queries: (HALF_N, BLOCK_M).
+    # Rows are keys, columns are queries: (HALF_N, x.BLOCK_M).
     mbarrier.wait(x.q_full.index(slot), phase)
     s_token = warpgroup_mma(x.k.index(WG), x.q.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
     mbarrier.wait(x.dout_full.index(slot), phase)
@@ -303,19 +315,21 @@ def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
 
     edge = tail
     if x.IS_CAUSAL:
-        edge = _read(x.steps, t % 4 * 2 + 1) - WG * HALF_N  # now, under the products
+        edge = read(x.steps, t % 4 * 2 + 1) - WG * HALF_N  # now, under the products
     s = warpgroup_mma_wait(1, [s_token])
     lse = rows.index(slot * 2).load(query_column)
     p = gl.exp2(s * x.scale_log2 - lse[None, :])
     if x.IS_CAUSAL:
-        p = _hide(p, edge, True)
+        p = hide(p, edge, True)
     elif not x.EVEN_N:
-        p = _hide(p, edge, False)
+        p = hide(p, edge, False)
 
     dp = warpgroup_mma_wait(0, [dp_token])
     delta = rows.index(slot * 2 + 1).load(query_column)
     ds = (p * (dp - delta[None, :])).to(dtype)
     p_operand = gl.convert_layout(p.to(dtype), p_layout)
+    if x.HEAD_DIM == 64:  # with 128 columns there are no registers to keep dS^T in: dK reads what dQ reads
+        ds_operand = gl.convert_layout(ds, p_layout)
 
     mbarrier.wait(x.ds_empty.index(t % 2), ((t // 2) & 1) ^ 1)  # dQ(t - 2) is finished
     own_ds = x.ds.index((t % 2) * 2 + WG)
@@ -327,11 +341,14 @@ def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
         mbarrier.wait(x.ds_full.index((t - 1) % 2), ((t - 1) // 2) & 1)
         dq_token = _issue_dq(x, t - 1, WG)
     dv_token = warpgroup_mma(p_operand, x.dout.index(slot), dv, is_async=True)
-    dk_token = warpgroup_mma(own_ds, x.q.index(slot), dk, is_async=True)
+    if x.HEAD_DIM == 64:
+        dk_token = warpgroup_mma(ds_operand, x.q.index(slot), dk, is_async=True)
+    else:
+        dk_token = warpgroup_mma(own_ds, x.q.index(slot), dk, is_async=True)
     if HAS_PREVIOUS:
         dq = warpgroup_mma_wait(2, [dq_token])  # dV and dK go on
         mbarrier.arrive(x.ds_empty.index((t - 1) % 2))
-        _add_dq(x, _read(x.steps, (t - 1) % 4 * 2) + WG * 32, dq, WG)
+        _add_dq(x, read(x.steps, (t - 1) % 4 * 2), dq, WG)
     dv, dk = warpgroup_mma_wait(0, [dv_token, dk_token])
     mbarrier.arrive(x.empty.index(slot))
     return dk, dv
@@ -339,21 +356,21 @@ def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
 
 @gluon.jit
 def _consumer(x, WG: gl.constexpr):
-    _, _, start_n, _, steps = _place(x)
+    _, _, start_n, _, steps = place(x)
     total = steps * x.heads_per_kv
     gl.assume(total > 1)
     tail = x.Skv - start_n - WG * HALF_N
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, x.HEAD_DIM, 16])
     dtype: gl.constexpr = x.q_desc.dtype
-    dk = gl.full([HALF_N, HEAD_DIM], 0.0, gl.float32, acc_layout)
-    dv = gl.full([HALF_N, HEAD_DIM], 0.0, gl.float32, acc_layout)
+    dk = gl.full([HALF_N, x.HEAD_DIM], 0.0, gl.float32, acc_layout)
+    dv = gl.full([HALF_N, x.HEAD_DIM], 0.0, gl.float32, acc_layout)
 
     mbarrier.wait(x.k_full, 0)
     mbarrier.wait(x.v_full, 0)
     if x.FIRST_IS_UNSEEN and WG == 1:
         # The first queries see none of these keys: dS = 0.
-        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-        x.ds.index(1).store(gl.full([HALF_N, BLOCK_M], 0.0, dtype, s_layout))
+        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, x.BLOCK_M, 16])
+        x.ds.index(1).store(gl.full([HALF_N, x.BLOCK_M], 0.0, dtype, s_layout))
         fence_async_shared()
         mbarrier.arrive(x.ds_full.index(0))
         mbarrier.arrive(x.empty.index(0))
@@ -375,7 +392,7 @@ def _consumer(x, WG: gl.constexpr):
     fence_async_shared()
     mbarrier.arrive(x.out_full.index(WG))
     dq = warpgroup_mma_wait(0, [dq_token])
-    _add_dq(x, _read(x.steps, t % 4 * 2) + WG * 32, dq, WG)
+    _add_dq(x, read(x.steps, t % 4 * 2), dq, WG)
     mbarrier.wait(x.out_empty.index(WG), 0)
     out.store((dk * x.scale).to(dtype))
     fence_async_shared()
@@ -404,7 +421,8 @@ def _consumer(x, WG: gl.constexpr):
 def _flash_attn_bwd_hopper_kernel(
     q_desc, k_desc, v_desc, dout_desc, rows_desc, dq_desc, dk_desc, dv_desc,
     scale, scale_log2, Skv, first_place, query_blocks, key_blocks, H, BH, heads_per_kv,
-    SECTION: gl.constexpr, IS_CAUSAL: gl.constexpr, FIRST_IS_UNSEEN: gl.constexpr, EVEN_N: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, SECTION: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, FIRST_IS_UNSEEN: gl.constexpr, EVEN_N: gl.constexpr,
 ):  # fmt: skip
     """Launched with num_warps=4, the first consumer's. H, BH count key heads."""
     dtype: gl.constexpr = q_desc.dtype
@@ -420,7 +438,7 @@ def _flash_attn_bwd_hopper_kernel(
     dq_layout: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]], [], 128
     )
-    dq = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, 64], dq_layout)
+    dq = gl.allocate_shared_memory(gl.float32, [2, 64, 64], dq_layout)
     rows = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], rows_desc.layout)
     steps = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
@@ -452,7 +470,7 @@ def _flash_attn_bwd_hopper_kernel(
         (scale, scale_log2, Skv, first_place, query_blocks, key_blocks, H, BH, heads_per_kv),
         (k, v, q, dout, rows, ds, dq, steps),
         (k_full, v_full, q_full, dout_full, empty, ds_full, ds_empty, out_full, out_empty),
-        (SECTION, IS_CAUSAL, FIRST_IS_UNSEEN, EVEN_N),
+        (HEAD_DIM, BLOCK_M, BLOCK_N, SECTION, IS_CAUSAL, FIRST_IS_UNSEEN, EVEN_N),
     )
     # The first entry runs on the launch's own 4 warps; then 4 and 1 more.
     gl.warp_specialize([(_consumer, (x, 0)), (_consumer, (x, 1)), (_producer, (x,))], [4, 1], [240, 24])
@@ -487,20 +505,20 @@ def _flash_attn_bwd_prepare_kernel(
     tl.store(sums_ptr + sums, tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
 
 
-@triton.jit(do_not_specialize=["Sq", "H"])
+@triton.jit(do_not_specialize=["Sq", "H", "num_blocks"])
 def _flash_attn_bwd_cast_kernel(
-    sums_ptr, dq_ptr, Sq, H, stride_qb, stride_qh, stride_qm, SCALE: tl.constexpr, D: tl.constexpr
-):
-    """One block of 64 queries: two blobs of 64 x 64 float32, back in row order and scaled."""
-    num_blocks = tl.cdiv(Sq, 64)
+    sums_ptr, dq_ptr, Sq, H, num_blocks, stride_qb, stride_qh, stride_qm,
+    SCALE: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One block of 64 queries: blobs of 64 x 64 float32, back in row order and scaled. num_blocks: of a head."""
     bh = tl.program_id(0) // num_blocks
     start_m = tl.program_id(0) % num_blocks * 64
     dq_ptr += (bh // H).to(tl.int64) * stride_qb + (bh % H).to(tl.int64) * stride_qh
-    sums_ptr += tl.program_id(0).to(tl.int64) * 8192
+    sums_ptr += tl.program_id(0).to(tl.int64) * (64 * HEAD_DIM)
     offs_m = start_m + tl.arange(0, 64)
-    for c in tl.static_range(2):
-        offs_d = c * 64 + tl.arange(0, 64)
-        dq = tl.load(sums_ptr + c * 4096 + tl.arange(0, 4096))
+    for start_d in tl.static_range(0, D, 64):
+        offs_d = start_d + tl.arange(0, 64)
+        dq = tl.load(sums_ptr + start_d * 64 + tl.arange(0, 4096))
         # axes of a blob: column / 8, row / 16, row % 8, column / 2 % 4, row / 8 % 2, column % 2
         dq = tl.reshape(dq, (8, 4, 8, 4, 2, 2))
         dq = tl.reshape(tl.permute(dq, (1, 4, 2, 0, 3, 5)), (64, 64))
@@ -542,10 +560,14 @@ def backward(
         for gradient in (dk, dv):
             gradient.zero_()
         return
-    blocks, key_blocks = cdiv(Sq, BLOCK_M.value), cdiv(Skv, BLOCK_N.value)
-    queries = B * H * blocks * BLOCK_M.value
+    head_dim = 64 if D <= 64 else 128 if D <= 128 else 256
+    block_m = 128 if head_dim == 64 else 64  # queries of a step
+    block_n = 64 if head_dim == 256 else 128  # keys of a program
+    section = 4 if causal else 1
+    blocks, key_blocks = cdiv(Sq, block_m), cdiv(Skv, block_n)
+    queries = B * H * blocks * block_m
     rows = q.new_empty((2, queries), dtype=torch.float32)
-    sums = q.new_empty((queries, HEAD_DIM.value), dtype=torch.float32)
+    sums = q.new_empty((queries * head_dim // 128, 128), dtype=torch.float32)
     dout, out = _unit_last_stride(dout), _unit_last_stride(out)
     launch(
         _flash_attn_bwd_prepare_kernel,
@@ -554,34 +576,59 @@ def backward(
         *(*dout.stride()[:3], *out.stride()[:3]),
         num_warps=8,
         D=D,
-        BLOCK_M=BLOCK_M.value,
-        BLOCK_D=HEAD_DIM.value,
+        BLOCK_M=block_m,
+        BLOCK_D=head_dim,
     )
-    launch(
-        _flash_attn_bwd_hopper_kernel,
-        (B * Hkv * key_blocks,),
-        boxes(q, 64, HEAD_DIM.value),
-        boxes(k, 64, HEAD_DIM.value),
-        boxes(v, 64, HEAD_DIM.value),
-        boxes(dout, 64, HEAD_DIM.value),
-        descriptor(rows, (2, BLOCK_M.value), _PLAIN),
-        descriptor(sums, (32, HEAD_DIM.value), _PLAIN),
-        descriptor(dk, (1, 1, HALF_N.value, HEAD_DIM.value), TILE),
-        descriptor(dv, (1, 1, HALF_N.value, HEAD_DIM.value), TILE),
-        *(scale, scale * math.log2(math.e), Skv, Skv - Sq, blocks, key_blocks, Hkv, B * Hkv, H // Hkv),
-        num_warps=4,
-        SECTION=4 if causal else 1,
-        IS_CAUSAL=causal,
-        FIRST_IS_UNSEEN=causal and Skv <= Sq,
-        EVEN_N=not causal and Skv % BLOCK_N.value == 0,
+    tensors = (
+        boxes(q, block_m, head_dim),
+        boxes(k, 64, head_dim),
+        boxes(v, 64, head_dim),
+        boxes(dout, block_m, head_dim),
+        descriptor(rows, (2, block_m), _PLAIN),
     )
+    gradients = descriptor(dk, (1, 1, 64, head_dim), TILE), descriptor(dv, (1, 1, 64, head_dim), TILE)
+    problem = scale, scale * math.log2(math.e), Skv, Skv - Sq, blocks, key_blocks, Hkv, B * Hkv, H // Hkv
+    grid = (B * Hkv * key_blocks,)
+    if head_dim == 256:
+        from .hopper_bwd_wide import flash_attn_bwd_wide_kernel
+
+        launch(
+            flash_attn_bwd_wide_kernel,
+            grid,
+            *tensors,
+            sums,
+            *gradients,
+            *problem,
+            H // Hkv * blocks * block_m,
+            num_warps=4,
+            SECTION=section,
+            IS_CAUSAL=causal,
+            EVEN_N=not causal and Skv % block_n == 0,
+        )
+    else:
+        launch(
+            _flash_attn_bwd_hopper_kernel,
+            grid,
+            *tensors,
+            descriptor(sums, (32, 128), _PLAIN),
+            *gradients,
+            *problem,
+            num_warps=4,
+            HEAD_DIM=head_dim,
+            BLOCK_M=block_m,
+            SECTION=section,
+            IS_CAUSAL=causal,
+            FIRST_IS_UNSEEN=causal and Skv <= Sq and block_m == 64,
+            EVEN_N=not causal and Skv % block_n == 0,
+        )
     launch(
         _flash_attn_bwd_cast_kernel,
-        (B * H * blocks,),
-        *(sums, dq, Sq, H, *dq.stride()[:3]),
+        (B * H * blocks * (block_m // 64),),
+        *(sums, dq, Sq, H, blocks * (block_m // 64), *dq.stride()[:3]),
         num_warps=8,
         SCALE=scale,
         D=D,
+        HEAD_DIM=head_dim,
     )
 
 
