@@ -226,6 +226,11 @@ def choose_backend(requested: str, device: torch.device) -> tuple[str, str | Non
     return "aot_eager", f"{sentence} Going on with the backend aot_eager, which generates no code."
 
 
+def compile_mode(backend: str, device: torch.device) -> str | None:
+    """CUDA graphs on a GPU: a step of a small model is some hundreds of short kernels, which Python starts too slowly."""
+    return "reduce-overhead" if backend == "inductor" and device.type == "cuda" else None
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -336,7 +341,8 @@ def train(model: Llama, data: Data, rate: float, backend: str, label: str, progr
     torch._dynamo.utils.counters.clear()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    compiled = model if backend == "eager" else torch.compile(model, fullgraph=True, backend=backend)
+    mode = compile_mode(backend, device)
+    compiled = model if backend == "eager" else torch.compile(model, fullgraph=True, backend=backend, mode=mode)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -582,6 +588,7 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.perf_counter()
     with console.status("checking torch.compile"):
         backend, note = choose_backend(args.backend, device)
+    mode = compile_mode(backend, device)
     data = Data.prepare(text, preset, steps, args.seed, device)
     parameters = sum(p.numel() for p in Llama(config).parameters())
     console.print(
@@ -591,7 +598,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{preset.layers} layers, hidden {preset.hidden}, heads {preset.heads}/{preset.kv_heads} (GQA), context"
             f" {preset.context}, batch {preset.batch}, {steps} steps, {dtype_name}\n"
             f"{device_name(device)}; torch {torch.__version__}; backend {backend}"
-            f"{'' if backend == 'eager' else ', fullgraph=True'}; preset {preset_name}",
+            f"{'' if backend == 'eager' else ', fullgraph=True'}"
+            f"{f', mode={mode}' if mode else ''}; preset {preset_name}",
             expand=False,
         )
     )
@@ -641,6 +649,7 @@ def main(argv: list[str] | None = None) -> int:
         "parameters": parameters,
         "dtype": dtype_name,
         "backend": backend,
+        "mode": mode,
         "seed": args.seed,
         "note": note,
         "remark": remark,
