@@ -15,10 +15,12 @@ MANTISSA = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 @triton.jit
 def decode_fp8(bits, dtype: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
     """Codes to `dtype`, exactly: float16 and bfloat16 hold every float8."""
-    if MANTISSA == 2:  # the upper half of an fp16
-        return (bits.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(dtype)
-    elif NATIVE:
+    if NATIVE and MANTISSA == 3:
         return bits.to(tl.float8e4nv, bitcast=True).to(dtype)
+    elif NATIVE:
+        return bits.to(tl.float8e5, bitcast=True).to(dtype)
+    elif MANTISSA == 2:  # the upper half of an fp16
+        return (bits.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(dtype)
     else:
         # In an fp16's fields the exponent's bias is 15 where 7 was meant: 2**8 too small, subnormal values too.
         half = ((bits & 0x80).to(tl.uint16) << 8) | ((bits & 0x7F).to(tl.uint16) << 7)

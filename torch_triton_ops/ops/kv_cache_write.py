@@ -71,11 +71,12 @@ def kv_cache_write_reference(
 
 
 @triton.jit
-def _load_rows(x_ptr, scale_ptr, heads, offs_d, mask, stride_xh, stride_xd, stride_sh):
+def _load_rows(x_ptr, scale_ptr, heads, H, offs_d, mask, stride_xh, stride_xd, stride_sh):
     """The heads of one token in fp32, divided by their scales: (BLOCK_H, BLOCK_D)."""
     x = tl.load(x_ptr + heads[:, None] * stride_xh + offs_d[None, :] * stride_xd, mask=mask, other=0.0).to(tl.float32)
     if scale_ptr is not None:
-        x = x / tl.load(scale_ptr + heads * stride_sh, mask=tl.max(mask.to(tl.int32), 1) > 0, other=1.0)[:, None]
+        factor = tl.load(scale_ptr + heads * stride_sh, mask=heads < H, other=1.0)
+        x = tl.div_rn(x, tl.broadcast_to(factor[:, None], x.shape))  # `/` may miss a tie of the rounding that follows
     return x
 
 
@@ -139,8 +140,8 @@ def _kv_cache_write_fwd_kernel(
     heads = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask = (heads < H)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    k = _load_rows(k_ptr + n * stride_kn, k_scale_ptr, heads, offs_d, mask, stride_kh, stride_kd, stride_ksh)
-    v = _load_rows(v_ptr + n * stride_vn, v_scale_ptr, heads, offs_d, mask, stride_vh, stride_vd, stride_vsh)
+    k = _load_rows(k_ptr + n * stride_kn, k_scale_ptr, heads, H, offs_d, mask, stride_kh, stride_kd, stride_ksh)
+    v = _load_rows(v_ptr + n * stride_vn, v_scale_ptr, heads, H, offs_d, mask, stride_vh, stride_vd, stride_vsh)
     k_rows = k_cache_ptr + page * stride_kcp + row * stride_kcs + heads[:, None] * stride_kch
     v_rows = v_cache_ptr + page * stride_vcp + row * stride_vcs + heads[:, None] * stride_vch
     tl.store(k_rows + offs_d[None, :] * stride_kcd, _stored(k, k_cache_ptr, FP8, NATIVE, UPCAST), mask=mask)

@@ -193,9 +193,16 @@ def _rounded(x, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _operand(x, q_ptr, FP8: tl.constexpr, NATIVE: tl.constexpr, UPCAST: tl.constexpr):
+def _binade(q):
+    """For each row the power of two 2^e <= max |q| < 2^(e+1), and its inverse."""
+    field = tl.max(tl.abs(q), 1).to(tl.int32, bitcast=True) >> 23
+    field = tl.minimum(tl.maximum(field, 1), 253)
+    return (field << 23).to(tl.float32, bitcast=True), ((254 - field) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _operand(x, dtype: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr):
     """Loaded keys or values as the products take them."""
-    dtype: tl.constexpr = tl.float32 if UPCAST else q_ptr.dtype.element_ty
     if FP8 != 0:
         return decode_fp8(x, dtype, FP8, NATIVE)
     else:
@@ -281,11 +288,22 @@ def _paged_decode_attn_fwd_kernel(
     mask_d = offs_d < HEAD_DIM
     q_rows = q_ptr + b * stride_qb + token.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh  # (BLOCK_M,)
     q = tl.load(q_rows[:, None] + offs_d[None, :] * stride_qd, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
-    unit = SCALE
+    unit = tl.full((BLOCK_M,), SCALE, tl.float32)
     if k_scale_ptr is not None:
         unit *= tl.load(k_scale_ptr + h * stride_ksh)
+    if UPCAST:
+        dtype: tl.constexpr = tl.float32
+    elif FP8 != 0 and not PRECISE:
+        # Products in fp16, to which a float8 converts in one instruction; bf16 queries fit after a shift of their exponents.
+        dtype: tl.constexpr = tl.float16
+    else:
+        dtype: tl.constexpr = q_ptr.dtype.element_ty
+    if dtype == tl.float16 and q_ptr.dtype.element_ty == tl.bfloat16:
+        q = q.to(tl.float32)
+        binade, inverse = _binade(q)
+        q *= inverse[:, None]
+        unit *= binade
+    q = q.to(dtype)
     position = length - T + token  # (BLOCK_M,)
 
     k_head = k_ptr + tl.cast(h, tl.int64) * stride_kh
@@ -309,8 +327,8 @@ def _paged_decode_attn_fwd_kernel(
         if HEAD_DIM < BLOCK_D:
             mask_k, mask_v = mask_k & mask_d[:, None], mask_v & mask_d[None, :]
         k = tl.load(k_head + k_rows[None, :] + offs_d[:, None] * stride_kd, mask=mask_k, other=0)
-        k = _operand(k, q_ptr, FP8, NATIVE, UPCAST)
-        s = tl.dot(q, k, input_precision=PRECISION) * unit  # (BLOCK_M, BLOCK_N)
+        k = _operand(k, dtype, FP8, NATIVE)
+        s = tl.dot(q, k, input_precision=PRECISION) * unit[:, None]  # (BLOCK_M, BLOCK_N)
         if SOFTCAP > 0:
             s = SOFTCAP * _tanh(s / SOFTCAP, PRECISE)
         visible = offs_n[None, :] <= position[:, None]
@@ -324,8 +342,8 @@ def _paged_decode_attn_fwd_kernel(
         alpha = _exp(m - shift, PRECISE)
         total = total * alpha + tl.sum(p, 1)
         v = tl.load(v_head + v_rows[:, None] + offs_d[None, :] * stride_vd, mask=mask_v, other=0)
-        v = _operand(v, q_ptr, FP8, NATIVE, UPCAST)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # (BLOCK_M, BLOCK_D)
+        v = _operand(v, dtype, FP8, NATIVE)
+        acc = tl.dot(p.to(dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # (BLOCK_M, BLOCK_D)
         m = m_new
 
     divisor = tl.where(total > 0, total, 1.0)  # nothing visible: zeros
@@ -361,33 +379,31 @@ def _paged_decode_attn_merge_kernel(
     HEAD_DIM: tl.constexpr,
     PRECISE: tl.constexpr,
     UPCAST: tl.constexpr,
-    MOST: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The splits of one query head of one new token, in their order."""
+    """The splits of one query head of one new token, in their order; BLOCK_D of its elements."""
     row = tl.program_id(0).to(tl.int64)
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
+    # All loads at once: those of splits that were not computed fetch something, which counts for nothing.
+    lse = tl.load(lse_ptr + row * most + offs_s, mask=offs_s < most, other=float("-inf"))
+    ptrs = part_ptr + (row * most + offs_s)[:, None] * HEAD_DIM + offs_d[None, :]
+    part = tl.load(ptrs, mask=(offs_s < most)[:, None] & mask_d[None, :], other=0.0)  # (BLOCK_S, BLOCK_D)
     _, _, _, splits = _splits_of(
         lens_ptr, row // rows_per_sequence, stride_sb, capacity, window_left, T, tile, min_tiles, most
     )
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < HEAD_DIM
-    every = tl.arange(0, MOST)
-    lse = tl.load(lse_ptr + row * most + every, mask=every < splits, other=float("-inf"))
+    mask_s = offs_s < splits
+    lse = tl.where(mask_s, lse, float("-inf"))
     m = tl.max(lse, 0)
-    shift = tl.where(m == float("-inf"), 0.0, m)
-    total = tl.sum(_exp(lse - shift, PRECISE), 0)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, splits, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        mask_s = offs_s < splits
-        weight = _exp(tl.load(lse_ptr + row * most + offs_s, mask=mask_s, other=float("-inf")) - shift, PRECISE)
-        ptrs = part_ptr + (row * most + offs_s)[:, None] * HEAD_DIM + offs_d[None, :]
-        part = tl.load(ptrs, mask=mask_s[:, None] & mask_d[None, :], other=0.0)
-        acc += tl.sum(part * weight[:, None], 0)
+    weight = _exp(lse - tl.where(m == float("-inf"), 0.0, m), PRECISE)
+    total = tl.sum(weight, 0)
+    acc = tl.sum(tl.where(mask_s[:, None], part * weight[:, None], 0.0), 0)
     out = _rounded(acc / tl.where(total > 0, total, 1.0), UPCAST and out_ptr.dtype.element_ty == tl.bfloat16)
     tl.store(out_ptr + row * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
 
@@ -396,14 +412,26 @@ def _paged_decode_attn_merge_kernel(
 # Launcher
 # --------------------------------------------------------------------------------------------------------------------
 
-_TILE_BYTES = 16 * 1024  # of keys, and as many of values, in one step
+# Chosen on an H200; all variants and their times: bench/results/tuning/nvidia_h200/paged_decode_attn.json.
+_TILE_BYTES = 8 * 1024  # of keys, and as many of values, in one step
 # A step's loads wait for its entry of the block table: the compiler gives that way one half of its stages, so that five are two
 # tiles of keys and of values in flight.
 _STAGES = 5
 _WARPS = 4
-_PROGRAMS_PER_SM = 4  # two run at a time; more even out sequences of different lengths
+_PROGRAMS_PER_SM = 3
 _MIN_KEYS = 256  # of a split: below, starting a program costs more than it brings
+_MAX_KEYS = (
+    16384  # of a split, in sequences of any length: one long sequence among many short ones must not be one program's
+)
 _MAX_SPLITS = 128
+
+
+def _plan(pairs: int, keys: int, programs: int) -> tuple[int, int]:
+    """Splits of a sequence at most, and the least keys of a split, for `pairs` of sequence and key head of up to `keys` keys."""
+    splits = programs // pairs
+    min_keys = _MIN_KEYS if splits > 1 else _MAX_KEYS // 2
+    splits = max(1, splits, cdiv(keys, _MAX_KEYS))
+    return min(splits, cdiv(keys, min_keys), _MAX_SPLITS), min_keys
 
 
 def paged_decode_attn(
@@ -434,9 +462,10 @@ def paged_decode_attn(
     BLOCK_D = max(16, next_power_of_2(D))
     BLOCK_N = min(128, max(16, _TILE_BYTES // (BLOCK_D * k_cache.element_size())))
     BLOCK_M = min(64 if BLOCK_D <= 128 else 32, max(16, next_power_of_2(T * group)))
-    m_blocks, min_tiles = cdiv(T * group, BLOCK_M), _MIN_KEYS // BLOCK_N
-    splits = _PROGRAMS_PER_SM * sm_count(q.device) // (B * Hkv * m_blocks)
-    splits = max(1, min(_MAX_SPLITS, splits, cdiv(min(capacity, window_left + T + BLOCK_N), _MIN_KEYS)))
+    m_blocks = cdiv(T * group, BLOCK_M)
+    visible = min(capacity, window_left + T + BLOCK_N)
+    splits, min_keys = _plan(B * Hkv * m_blocks, max(1, visible), _PROGRAMS_PER_SM * sm_count(q.device))
+    min_tiles = cdiv(min_keys, BLOCK_N)
     part, lse = out, None
     if splits > 1:
         part = q.new_empty((B * T * Hq, splits, D), dtype=torch.float32)
@@ -464,16 +493,17 @@ def paged_decode_attn(
         num_stages=_STAGES,
     )
     if lse is not None:
+        # few rows of many splits: several programs a row
+        BLOCK_S, BLOCK_D = (16, BLOCK_D) if splits <= 16 else (_MAX_SPLITS, min(BLOCK_D, 32))
         launch(
             _paged_decode_attn_merge_kernel,
-            (B * T * Hq,),
+            (B * T * Hq, cdiv(D, BLOCK_D)),
             *(part, lse, seq_lens, out, seq_lens.stride(0), capacity, window_left, min_tiles, T, BLOCK_N),
             *(splits, T * Hq),
             HEAD_DIM=D,
             PRECISE=q.dtype == torch.float32,
             UPCAST=INTERPRET,
-            MOST=_MAX_SPLITS,
-            BLOCK_S=32,
+            BLOCK_S=BLOCK_S,
             BLOCK_D=BLOCK_D,
             num_warps=4,
         )
