@@ -23,7 +23,8 @@ def backward_kernels(Sq=256, Skv=256, D=128, dtype=torch.bfloat16, **options):
 
     def run():
         out = torch.ops.tt.flash_attn(q, k, k, **options)
-        torch.autograd.grad(out, (q, k), torch.empty_like(out))
+        terms = [x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+        torch.autograd.grad(out, (q, k, *terms), torch.empty_like(out))
 
     return [recorded.kernel.__name__ for recorded in offline.record(run, 90)][1:]
 
@@ -44,7 +45,7 @@ PORTABLE_BACKWARD = [f"_flash_attn_bwd_{part}_kernel" for part in ("rows", "dkdv
 def test_all_its_files_count_as_its_source():
     """The compile caches and the GPU record's staleness hang on them."""
     files = {file.name for file in registry.spec("flash_attn").module_files()}
-    assert files == {"__init__.py", "triton_kernels.py", "hopper.py", "hopper_bwd.py", "hopper_bwd_wide.py"}
+    assert files >= {"__init__.py", "triton_kernels.py", "hopper.py", "hopper_bwd.py", "reference.py"}
 
 
 @pytest.mark.parametrize("target", [80, 100])
@@ -70,8 +71,11 @@ def test_hopper_runs_gluon(D):
         {"window_left": 10},
         {"window_right": 10},
         {"Skv": 0},
+        {"alibi_slopes": torch.empty(4, device="meta")},
+        {"attn_bias": torch.empty(256, 256, device="meta")},
+        {"sinks": torch.empty(4, device="meta")},
     ],
-    ids=str,
+    ids=lambda call: ",".join(call),
 )
 def test_what_gluon_lacks_is_portable(call):
     assert kernels(**call) == PORTABLE
@@ -90,6 +94,17 @@ def test_what_the_hopper_backward_lacks_is_portable(call):
     if call.get("dtype") == torch.float32:
         wanted.insert(1, "_flash_attn_bwd_dq_kernel")  # delta, as a sum over the keys
     assert backward_kernels(**call) == wanted
+
+
+def test_gradients_of_the_terms_have_kernels_of_their_own():
+    terms = {"alibi_slopes": torch.empty(2, 4, device="meta"), "sinks": torch.empty(4, device="meta")}
+    assert backward_kernels(**terms) == PORTABLE_BACKWARD  # none where none is asked for
+    sums = [f"_flash_attn_bwd_{part}_kernel" for part in ("heads", "batches")]
+    for name, term in terms.items():
+        assert backward_kernels(**terms | {name: term.requires_grad_()})[3:] == sums
+        term.requires_grad_(False)
+    bias = torch.empty(256, device="meta", requires_grad=True)
+    assert backward_kernels(attn_bias=bias)[3:] == ["_flash_attn_bwd_dbias_kernel"]
 
 
 def test_deterministic_algorithms_take_the_portable_backward():
@@ -114,6 +129,8 @@ def test_setting(monkeypatch):
     assert kernels() == HOPPER
     with pytest.raises(RuntimeError, match=r"flash_attn.*TORCH_TRITON_OPS_ATTENTION=gluon.*softcap"):
         kernels(softcap=1.0)
+    with pytest.raises(RuntimeError, match="the Hopper kernels cannot run: they have no attn_bias and no sinks"):
+        kernels(attn_bias=torch.empty(1, device="meta"), sinks=torch.empty(4, device="meta"))
     with pytest.raises(RuntimeError, match=r"flash_attn.*compute capability 9\.0"):
         kernels(80)
 

@@ -205,7 +205,7 @@ class GraphModule(torch.nn.Module):
         rope = torch.ops.tt.rope.default(transpose, transpose_1, primals_5, primals_6);  transpose = transpose_1 = None
         getitem_8: "f32[2, 4, 8, 16][512, 16, 64, 1]" = rope[0]
         getitem_9: "f32[2, 2, 8, 16][256, 16, 32, 1]" = rope[1];  rope = None
-        flash_attn_fwd = torch.ops.tt.flash_attn_fwd.default(getitem_8, getitem_9, transpose_2, True, None, -1, -1, 0.0)
+        flash_attn_fwd = torch.ops.tt.flash_attn_fwd.default(getitem_8, getitem_9, transpose_2, True, None, -1, -1, 0.0, None, None, None)
         getitem_10: "f32[2, 4, 8, 16][512, 16, 64, 1]" = flash_attn_fwd[0]
         getitem_11: "f32[2, 4, 8][32, 8, 1]" = flash_attn_fwd[1];  flash_attn_fwd = None
         detach: "f32[2, 4, 8, 16][512, 16, 64, 1]" = torch.ops.aten.detach.default(getitem_10)
@@ -278,13 +278,13 @@ class GraphModule(torch.nn.Module):
         matmul_9: "f32[64, 64][64, 1]" = torch.ops.tt.matmul.default(t_4, view_20);  t_4 = view_20 = None
         view_21: "f32[2, 8, 4, 16][512, 64, 16, 1]" = torch.ops.aten.view.default(view_19, [2, 8, 4, 16]);  view_19 = None
         transpose_4: "f32[2, 4, 8, 16][512, 16, 64, 1]" = torch.ops.aten.transpose.int(view_21, 1, 2);  view_21 = None
-        flash_attn_bwd = torch.ops.tt.flash_attn_bwd.default(transpose_4, getitem_8, getitem_9, transpose_2, detach_1, getitem_11, True, None, -1, -1, 0.0, [True, True, True]);  transpose_4 = getitem_8 = getitem_9 = transpose_2 = detach_1 = getitem_11 = None
+        flash_attn_bwd = torch.ops.tt.flash_attn_bwd.default(transpose_4, getitem_8, getitem_9, transpose_2, detach_1, getitem_11, True, None, -1, -1, 0.0, None, None, None, [True, True, True, False, False, False]);  transpose_4 = getitem_8 = getitem_9 = transpose_2 = detach_1 = getitem_11 = None
         getitem_31: "f32[2, 4, 8, 16][512, 16, 64, 1]" = flash_attn_bwd[0]
         getitem_32: "f32[2, 2, 8, 16][256, 16, 32, 1]" = flash_attn_bwd[1]
         getitem_33: "f32[2, 2, 8, 16][256, 16, 32, 1]" = flash_attn_bwd[2];  flash_attn_bwd = None
         rope_bwd = torch.ops.tt.rope_bwd.default(getitem_31, getitem_32, primals_5, primals_6, False);  getitem_31 = getitem_32 = primals_5 = primals_6 = None
-        getitem_34: "f32[2, 4, 8, 16][512, 16, 64, 1]" = rope_bwd[0]
-        getitem_35: "f32[2, 2, 8, 16][256, 16, 32, 1]" = rope_bwd[1];  rope_bwd = None
+        getitem_37: "f32[2, 4, 8, 16][512, 16, 64, 1]" = rope_bwd[0]
+        getitem_38: "f32[2, 2, 8, 16][256, 16, 32, 1]" = rope_bwd[1];  rope_bwd = None
         transpose_5: "f32[2, 8, 2, 16][256, 32, 16, 1]" = torch.ops.aten.transpose.int(getitem_33, 1, 2);  getitem_33 = None
         view_22: "f32[2, 8, 32][256, 32, 1]" = torch.ops.aten.view.default(transpose_5, [2, 8, 32]);  transpose_5 = None
         view_23: "f32[16, 32][32, 1]" = torch.ops.aten.view.default(view_22, [16, 32]);  view_22 = None
@@ -292,7 +292,7 @@ class GraphModule(torch.nn.Module):
         view_24: "f32[2, 8, 64][512, 64, 1]" = torch.ops.aten.view.default(matmul_10, [2, 8, 64]);  matmul_10 = None
         t_5: "f32[32, 16][1, 32]" = torch.ops.aten.t.default(view_23);  view_23 = None
         matmul_11: "f32[32, 64][64, 1]" = torch.ops.tt.matmul.default(t_5, view_25);  t_5 = None
-        transpose_6: "f32[2, 8, 2, 16][256, 32, 16, 1]" = torch.ops.aten.transpose.int(getitem_35, 1, 2);  getitem_35 = None
+        transpose_6: "f32[2, 8, 2, 16][256, 32, 16, 1]" = torch.ops.aten.transpose.int(getitem_38, 1, 2);  getitem_38 = None
         view_26: "f32[2, 8, 32][256, 32, 1]" = torch.ops.aten.view.default(transpose_6, [2, 8, 32]);  transpose_6 = None
         view_27: "f32[16, 32][32, 1]" = torch.ops.aten.view.default(view_26, [16, 32]);  view_26 = None
         matmul_12: "f32[16, 64][64, 1]" = torch.ops.tt.matmul.default(view_27, primals_3);  primals_3 = None
@@ -300,7 +300,7 @@ class GraphModule(torch.nn.Module):
         t_6: "f32[32, 16][1, 32]" = torch.ops.aten.t.default(view_27);  view_27 = None
         matmul_13: "f32[32, 64][64, 1]" = torch.ops.tt.matmul.default(t_6, view_25);  t_6 = None
         add_4: "f32[2, 8, 64][512, 64, 1]" = torch.ops.aten.add.Tensor(view_24, view_28);  view_24 = view_28 = None
-        transpose_7: "f32[2, 8, 4, 16][512, 64, 16, 1]" = torch.ops.aten.transpose.int(getitem_34, 1, 2);  getitem_34 = None
+        transpose_7: "f32[2, 8, 4, 16][512, 64, 16, 1]" = torch.ops.aten.transpose.int(getitem_37, 1, 2);  getitem_37 = None
         view_30: "f32[2, 8, 64][512, 64, 1]" = torch.ops.aten.view.default(transpose_7, [2, 8, 64]);  transpose_7 = None
         view_31: "f32[16, 64][64, 1]" = torch.ops.aten.view.default(view_30, [16, 64]);  view_30 = None
         matmul_14: "f32[16, 64][64, 1]" = torch.ops.tt.matmul.default(view_31, primals_2);  primals_2 = None
@@ -309,8 +309,8 @@ class GraphModule(torch.nn.Module):
         matmul_15: "f32[64, 64][64, 1]" = torch.ops.tt.matmul.default(t_7, view_25);  t_7 = view_25 = None
         add_5: "f32[2, 8, 64][512, 64, 1]" = torch.ops.aten.add.Tensor(add_4, view_32);  add_4 = view_32 = None
         rms_norm_bwd_1 = torch.ops.tt.rms_norm_bwd.default(add_5, primals_1, None, getitem_1, 0.0, [True, False]);  add_5 = primals_1 = getitem_1 = None
-        getitem_36: "f32[2, 8, 64][512, 64, 1]" = rms_norm_bwd_1[0];  rms_norm_bwd_1 = None
-        add_6: "f32[2, 8, 64][512, 64, 1]" = torch.ops.aten.add.Tensor(add_3, getitem_36);  add_3 = getitem_36 = None
+        getitem_39: "f32[2, 8, 64][512, 64, 1]" = rms_norm_bwd_1[0];  rms_norm_bwd_1 = None
+        add_6: "f32[2, 8, 64][512, 64, 1]" = torch.ops.aten.add.Tensor(add_3, getitem_39);  add_3 = getitem_39 = None
         return (add_6, matmul_15, matmul_13, matmul_11, None, None, matmul_9, matmul_7, matmul_5, matmul_3, matmul_1, None)
 """,
     )

@@ -17,11 +17,13 @@ pytestmark = pytest.mark.skipif(tt_launch.INTERPRET, reason="the interpreter rep
 
 
 def calls(spec, target):
-    """(args, kwargs) on the meta device: every benchmark case; for one target also the samples, in half precision."""
+    """(args, kwargs) on the meta device: every benchmark case; for one target also the samples (`<op>_compile_samples` where an
+    op picks some), in half precision."""
     for case in spec.function("bench_cases")():
         yield case.make("meta", case.dtype)
     if target == 90:
-        for sample in spec.function("samples")("meta", torch.bfloat16):
+        samples = spec.function("compile_samples") or spec.function("samples")
+        for sample in samples("meta", torch.bfloat16):
             yield sample.args, sample.kwargs
 
 

@@ -1,23 +1,30 @@
 """Flash attention, forward and backward: softmax(scale * q @ k^T) @ v without ever storing the score matrix.
 
-score[i, j] = scale * dot(q[i], k[j]), or softcap * tanh(score / softcap) if softcap > 0
-P[i, j]     = exp(score[i, j] - lse[i]),  lse[i] = log(sum_j exp(score[i, j])),  over the keys j that query i may see
+score[i, j] = scale * dot(q[i], k[j]), then softcap * tanh(score / softcap) if softcap > 0,
+              then - alibi_slopes * |p(i) - j|, then + attn_bias[i, j]
+P[i, j]     = exp(score[i, j] - lse[i]),  over the keys j that query i may see
+lse[i]      = log(sum_j exp(score[i, j]) + exp(sinks))
 out[i]      = sum_j P[i, j] * v[j]
 
 Let p(i) = i + Skv - Sq, the place of query i among the keys: **causal and windows are aligned to the bottom right**, so the
 last query stands beside the last key also when Sq != Skv. Query i sees the keys j of 0 <= j < Skv with
     j <= p(i) if causal,  j >= p(i) - window_left if window_left >= 0,  j <= p(i) + window_right if window_right >= 0.
-A query that sees nothing gets zeros (and lse = -inf), and its gradient is zero.
+A query that sees nothing, also because its bias is -inf everywhere, gets zeros, and its gradient is zero. A sink is a key
+without a value: it takes its part of every query's weight, and none of the output.
 
 | argument | shape | dtype |
 |---|---|---|
 | q | (B, Hq, Sq, D), D from 16 to 256 | float32, float16, bfloat16 |
 | k, v | (B, Hkv, Skv, D), Hq a multiple of Hkv: query head h reads key head h // (Hq / Hkv) | that of q |
+| alibi_slopes | (Hq,) or (B, Hq) | one of the three |
+| attn_bias | broadcasts to (B, Hq, Sq, Skv), without a copy | one of the three |
+| sinks | (Hq,), logits | one of the three |
 | out, dq | that of q | that of q |
 | dk, dv | that of k | that of k |
+| dalibi_slopes, dattn_bias, dsinks | that of their input | that of their input |
 | lse (internal) | (B, Hq, Sq), natural logarithm | float32 |
 
-`scale` defaults to 1 / sqrt(D). `alibi_slopes`, `attn_bias` and `sinks` are not implemented and raise NotImplementedError.
+`scale` defaults to 1 / sqrt(D). All options combine.
 
 Memory layout. Inputs may have any strides; only a last stride other than 1 costs a copy. An output is dense and keeps the
 order of its model (out and dq follow q, dk follows k, dv follows v): `(B, S, H, D)` in memory, shown as `(B, H, S, D)`, if the
@@ -30,10 +37,11 @@ FLOPs: 4 * D per visible pair (query, key) and head forward, 10 * D backward (tw
 
 Two sets of kernels, chosen for each call:
 
-* `triton_kernels.py`, Triton: every GPU from sm_80 up, every option.
+* `triton_kernels.py`, Triton: every GPU from sm_80 up, every option. A bias's gradient takes a kernel of its own, which computes
+  the scores once more and sums over the dimensions that were broadcast in a fixed order.
 * `hopper.py` and `hopper_bwd.py`, Gluon: compute capability 9.0, triton 3.6 and 3.7; half precision, D from 40 to 256 that is a
-  multiple of 8, scale > 0, causal or not, no window and no softcap. The backward: of these,
-  D up to 128 and Sq > 64 (Sq > 128 for D up to 64).
+  multiple of 8, scale > 0, causal or not, no window, softcap, slopes, bias or sinks. The backward: of
+  these, D up to 128 and Sq > 64 (Sq > 128 for D up to 64).
 
 The Hopper kernels read by TMA, which wants rows and bases aligned to 16 bytes and no expanded dimension: other inputs are copied.
 Their backward sums dq in no fixed order; dk and dv, every forward and the whole portable path repeat bit for bit. With
@@ -41,7 +49,8 @@ Their backward sums dq in no fixed order; dk and dv, every forward and the whole
 set: `triton`, or `gluon`, which raises RuntimeError with the reason where that is not possible; `auto` is the default.
 Under torch.compile the portable kernels are inlined, and a call of the Hopper kernels is one node of the graph.
 
-Sources: Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691; Rabe and Staats, https://arxiv.org/abs/2112.05682.
+Sources: Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691; Rabe and Staats, https://arxiv.org/abs/2112.05682; ALiBi: Press
+et al., https://arxiv.org/abs/2108.12409; sinks: Xiao et al., https://arxiv.org/abs/2309.17453, as logits in OpenAI's gpt-oss.
 """
 
 from __future__ import annotations
@@ -61,135 +70,14 @@ from torch_triton_ops.errors import bad_argument
 from torch_triton_ops.launch import capability, gluon_ready
 
 from . import triton_kernels
-
-# --------------------------------------------------------------------------------------------------------------------
-# The specification: plain torch
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def flash_attn_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    attn_bias: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return flash_attn_fwd_reference(q, k, v, causal, scale, window_left, window_right, softcap)[0]
-
-
-def flash_attn_fwd_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = _arithmetic_dtype(q)
-    group = _group(q, k)
-    visible = _visible_mask(q.shape[2], k.shape[2], causal, window_left, window_right, q.device)  # (Sq, Skv)
-    k, v_all = k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
-    score = (q.to(dtype) @ k.transpose(-1, -2)) * _scale(q, scale)  # (B, Hq, Sq, Skv)
-    if softcap > 0:
-        score = softcap * torch.tanh(score / softcap)
-    p = _softmax(score, visible)
-    lse = score.masked_fill(~visible, -math.inf).logsumexp(-1)
-    return _dense_copy(p @ v_all, q), lse
-
-
-def flash_attn_eager(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    attn_bias: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention in eager torch, scores and weights rounded to the inputs' dtype: the error budget's yardstick."""
-    group = _group(q, k)
-    visible = _visible_mask(q.shape[2], k.shape[2], causal, window_left, window_right, q.device)
-    score = (q @ k.repeat_interleave(group, 1).transpose(-1, -2)) * _scale(q, scale)  # (B, Hq, Sq, Skv)
-    if softcap > 0:
-        score = softcap * torch.tanh(score / softcap)
-    p = _softmax(score.to(_arithmetic_dtype(q)), visible).to(q.dtype)
-    return _dense_copy(p @ v.repeat_interleave(group, 1), q)
-
-
-def flash_attn_bwd_reference(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype = _arithmetic_dtype(q)
-    B, Hkv, Skv, D = k.shape
-    group, scale = _group(q, k), _scale(q, scale)
-    visible = _visible_mask(q.shape[2], Skv, causal, window_left, window_right, q.device)
-    q_all, dout_all = q.to(dtype), dout.to(dtype)
-    k_all, v_all = k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
-    score = (q_all @ k_all.transpose(-1, -2)) * scale
-    if softcap > 0:
-        capped = torch.tanh(score / softcap)
-        score = softcap * capped
-    # From the scores again, not from lse and out: in fp32 those would cost digits where softmax is nearly one-hot.
-    p = _softmax(score, visible)
-    dp = dout_all @ v_all.transpose(-1, -2)
-    dscore = torch.ops.aten._softmax_backward_data(dp, p, -1, dtype)  # p * (dp - sum(p * dp))
-    if softcap > 0:
-        dscore = dscore * (1 - capped * capped)
-    dscore = dscore * scale
-    dq = dscore @ k_all
-    dk = (dscore.transpose(-1, -2) @ q_all).view(B, Hkv, group, Skv, D).sum(2)
-    dv = (p.transpose(-1, -2) @ dout_all).view(B, Hkv, group, Skv, D).sum(2)
-    return tuple(
-        _dense_copy(gradient, x) if needed else x.new_empty(0)
-        for gradient, x, needed in zip((dq, dk, dv), (q, k, v), needs, strict=True)
-    )
-
-
-def _softmax(score: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Over the visible keys; zeros, with a zero gradient, where there are none."""
-    sees_any = visible.any(-1, keepdim=True)
-    # a query that sees nothing keeps its scores, so that softmax stays finite; its row is cleared after
-    return score.masked_fill(~visible & sees_any, -math.inf).softmax(-1) * sees_any
-
-
-def _visible_mask(
-    Sq: int, Skv: int, causal: bool, window_left: int, window_right: int, device: torch.device
-) -> torch.Tensor:
-    """(Sq, Skv) bool: may query i see key j?"""
-    left, right = _window(causal, window_left, window_right)
-    distance = torch.arange(Skv, device=device) - (torch.arange(Sq, device=device) + (Skv - Sq))[:, None]  # j - p(i)
-    visible = torch.ones_like(distance, dtype=torch.bool)
-    if right >= 0:
-        visible &= distance <= right
-    if left >= 0:
-        visible &= distance >= -left
-    return visible
-
+from .reference import (  # noqa: F401 (the registration looks for the specification here)
+    arithmetic_dtype,
+    flash_attn_bwd_reference,
+    flash_attn_eager,
+    flash_attn_fwd_reference,
+    flash_attn_reference,
+    scale_of,
+)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Launchers
@@ -211,7 +99,8 @@ def flash_attn(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = _dense_like(q)
-    _forward(q, k, v, out, None, causal, scale, window_left, window_right, softcap)
+    options = (causal, scale, window_left, window_right, softcap, alibi_slopes, attn_bias, sinks)
+    _forward(q, k, v, out, None, *options)
     return out
 
 
@@ -224,9 +113,13 @@ def flash_attn_fwd(
     window_left: int,
     window_right: int,
     softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    attn_bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = flash_attn_fwd_fake(q, k, v, causal, scale, window_left, window_right, softcap)
-    _forward(q, k, v, out, lse, causal, scale, window_left, window_right, softcap)
+    options = (causal, scale, window_left, window_right, softcap, alibi_slopes, attn_bias, sinks)
+    out, lse = flash_attn_fwd_fake(q, k, v, *options)
+    _forward(q, k, v, out, lse, *options)
     return out, lse
 
 
@@ -241,15 +134,20 @@ def _forward(
     window_left: int,
     window_right: int,
     softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    attn_bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> None:
     left, right = _bounds(q.shape[2], k.shape[2], causal, window_left, window_right)
-    scale = _scale(q, scale)
-    if _takes_gluon(q.device, _gluon_refusal(q, k, scale, softcap, left, right)):
+    scale = scale_of(q, scale)
+    refusal = _terms_refusal(alibi_slopes, attn_bias, sinks) or _gluon_refusal(q, k, scale, softcap, left, right)
+    if _takes_gluon(q.device, refusal):
         from . import hopper
 
         hopper.forward(q, k, v, out, lse, scale, right == 0)
     else:
-        triton_kernels.forward(q, k, v, out, lse, scale, softcap, left, right)
+        options = triton_kernels.Options(scale, softcap, left, right, alibi_slopes, attn_bias, sinks)
+        triton_kernels.forward(q, k, v, out, lse, options)
 
 
 def flash_attn_bwd(
@@ -264,32 +162,29 @@ def flash_attn_bwd(
     window_left: int,
     window_right: int,
     softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    attn_bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = flash_attn_bwd_fake(dout, q, k, v, out, lse, causal, scale, window_left, window_right, softcap, needs)
+) -> tuple[torch.Tensor, ...]:
+    terms = (alibi_slopes, attn_bias, sinks)
+    options = (causal, scale, window_left, window_right, softcap, *terms)
+    found = flash_attn_bwd_fake(dout, q, k, v, out, lse, *options, needs)
     left, right = _bounds(q.shape[2], k.shape[2], causal, window_left, window_right)
-    scale = _scale(q, scale)
-    needs_dq, needs_dk, needs_dv = needs
-    if _takes_gluon(q.device, _gluon_bwd_refusal(q, k, scale, softcap, left, right)):
+    scale = scale_of(q, scale)
+    refusal = _terms_refusal(*terms) or _gluon_bwd_refusal(q, k, scale, softcap, left, right)
+    if _takes_gluon(q.device, refusal):
         from . import hopper_bwd
 
-        hopper_bwd.backward(
-            *(dout, q, k, v, out, lse),
-            dq if needs_dq else _dense_like(q),
-            dk if needs_dk else _dense_like(k),
-            dv if needs_dv else _dense_like(v),
-            scale,
-            right == 0,
-        )
+        gradients = (g if needed else _dense_like(x) for g, x, needed in zip(found, (q, k, v), needs, strict=False))
+        hopper_bwd.backward(dout, q, k, v, out, lse, *gradients, scale, right == 0)
     else:
         triton_kernels.backward(
             *(dout, q, k, v, out, lse),
-            dq if needs_dq else None,
-            dk if needs_dk else None,
-            dv if needs_dv else None,
-            *(scale, softcap, left, right),
+            [gradient if needed else None for gradient, needed in zip(found, needs, strict=True)],
+            triton_kernels.Options(scale, softcap, left, right, *terms),
         )
-    return dq, dk, dv
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -319,6 +214,15 @@ def _takes_gluon(device: torch.device, refusal: str | None) -> bool:
 @functools.cache
 def _warn_once(refusal: str) -> None:
     warnings.warn(f"tt::flash_attn runs its portable kernels, not the Hopper ones: {refusal}", stacklevel=2)
+
+
+def _terms_refusal(
+    alibi_slopes: torch.Tensor | None, attn_bias: torch.Tensor | None, sinks: torch.Tensor | None
+) -> str | None:
+    """Why the Hopper kernels cannot compute a call with these; None if they can."""
+    terms = {"alibi_slopes": alibi_slopes, "attn_bias": attn_bias, "sinks": sinks}
+    given = [name for name, term in terms.items() if term is not None]
+    return f"they have no {' and no '.join(given)}" if given else None
 
 
 def _gluon_refusal(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float, left: int, right: int) -> str | None:
@@ -365,19 +269,6 @@ def _bounds(Sq: int, Skv: int, causal: bool, window_left: int, window_right: int
     return left if 0 <= left < Skv - 1 else -1, right if 0 <= right < Sq - 1 else -1
 
 
-def _group(q: torch.Tensor, k: torch.Tensor) -> int:
-    """Query heads per key head."""
-    return q.shape[1] // k.shape[1] if k.shape[1] else 1
-
-
-def _scale(q: torch.Tensor, scale: float | None) -> float:
-    return q.shape[3] ** -0.5 if scale is None else float(scale)
-
-
-def _arithmetic_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Outputs, and checks
 # --------------------------------------------------------------------------------------------------------------------
@@ -389,12 +280,6 @@ def _dense_like(x: torch.Tensor) -> torch.Tensor:
     if x.stride(1) < x.stride(2):
         return x.new_empty((B, S, H, D)).transpose(1, 2)
     return x.new_empty((B, H, S, D))
-
-
-def _dense_copy(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`value` in the dtype and memory layout of `_dense_like(x)`; differentiable."""
-    value = value.to(x.dtype)
-    return value.transpose(1, 2).contiguous().transpose(1, 2) if x.stride(1) < x.stride(2) else value.contiguous()
 
 
 def flash_attn_fake(
@@ -423,8 +308,11 @@ def flash_attn_fwd_fake(
     window_left: int,
     window_right: int,
     softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    attn_bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _dense_like(q), q.new_empty(q.shape[:3], dtype=_arithmetic_dtype(q))
+    return _dense_like(q), q.new_empty(q.shape[:3], dtype=arithmetic_dtype(q))
 
 
 def flash_attn_bwd_fake(
@@ -439,9 +327,15 @@ def flash_attn_bwd_fake(
     window_left: int,
     window_right: int,
     softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    attn_bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(_dense_like(x) if needed else x.new_empty(0) for x, needed in zip((q, k, v), needs, strict=True))
+) -> tuple[torch.Tensor, ...]:
+    found = [_dense_like(x) if needed else x.new_empty(0) for x, needed in zip((q, k, v), needs, strict=False)]
+    for x, needed in zip((alibi_slopes, attn_bias, sinks), needs[3:], strict=True):
+        found.append(x.new_empty(x.shape) if needed and x is not None else q.new_empty(0))
+    return tuple(found)
 
 
 def flash_attn_check(
@@ -461,15 +355,12 @@ def flash_attn_check(
     def bad(argument: str, given: Any, allowed: str, error: type[Exception] = ValueError) -> NoReturn:
         bad_argument("flash_attn", argument, given, allowed, error)
 
-    for name, option in (("alibi_slopes", alibi_slopes), ("attn_bias", attn_bias), ("sinks", sinks)):
-        if option is not None:
-            bad(name, "given", "None; this option is not implemented", NotImplementedError)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             bad(name, f"of shape {tuple(x.shape)}", "4 dimensions: (batch, heads, length, head size)")
         if x.dtype != q.dtype:
             bad(name, f"of dtype {x.dtype}", f"the dtype of q, {q.dtype}", TypeError)
-    B, Hq, _, D = q.shape
+    B, Hq, Sq, D = q.shape
     if not 16 <= D <= 256:
         bad("q", f"of shape {tuple(q.shape)}", "a head size (the last dimension) from 16 to 256")
     if k.shape[0] != B or k.shape[3] != D:
@@ -486,6 +377,19 @@ def flash_attn_check(
             bad(name, window, "a number of keys >= 0, or -1 for no bound")
     if not 0 <= softcap < math.inf:
         bad("softcap", softcap, "a finite number > 0, or 0 for none")
+    for name, x in (("alibi_slopes", alibi_slopes), ("attn_bias", attn_bias), ("sinks", sinks)):
+        if x is not None and not x.is_floating_point():
+            masks = "; for a mask of bools, 0 where it is True and -inf elsewhere" if name == "attn_bias" else ""
+            bad(name, f"of dtype {x.dtype}", f"a floating-point dtype{masks}", TypeError)
+    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)):
+        bad("alibi_slopes", f"of shape {tuple(alibi_slopes.shape)}", f"a slope per query head, ({Hq},) or ({B}, {Hq})")
+    if sinks is not None and tuple(sinks.shape) != (Hq,):
+        bad("sinks", f"of shape {tuple(sinks.shape)}", f"a logit per query head, ({Hq},)")
+    if attn_bias is not None:
+        own, full = tuple(attn_bias.shape), (B, Hq, Sq, k.shape[2])
+        wrong = (size not in (1, whole) for size, whole in zip(reversed(own), reversed(full), strict=False))
+        if len(own) > 4 or any(wrong):
+            bad("attn_bias", f"of shape {own}", f"what broadcasts to the scores' shape, {full}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -508,13 +412,14 @@ def flash_attn_forward(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     ctx.options = (causal, scale, window_left, window_right, softcap)
-    out, lse = torch.ops.tt.flash_attn_fwd(q, k, v, *ctx.options)
-    ctx.save_for_backward(q, k, v, out, lse)
+    out, lse = torch.ops.tt.flash_attn_fwd(q, k, v, *ctx.options, alibi_slopes, attn_bias, sinks)
+    ctx.save_for_backward(q, k, v, out, lse, alibi_slopes, attn_bias, sinks)
     return out
 
 
-def flash_attn_backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.ops.tt.flash_attn_bwd(dout, *ctx.saved_tensors, *ctx.options, ctx.needs)
+def flash_attn_backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    *tensors, alibi_slopes, attn_bias, sinks = ctx.saved_tensors
+    return torch.ops.tt.flash_attn_bwd(dout, *tensors, *ctx.options, alibi_slopes, attn_bias, sinks, ctx.needs)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -568,6 +473,52 @@ def flash_attn_samples(device: torch.device | str, dtype: torch.dtype) -> Iterat
     ]:
         yield Sample(name, qkv(*shape), options, slow_in_interpreter=True)
 
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(size, device=device, dtype=dtype)
+
+    hidden = randn(2, 1, 1, 50)
+    hidden[0, :, :, 20:] = -math.inf  # a padding mask
+    hidden[1] = -math.inf  # these queries see nothing
+    # id, (B, Hq, Hkv, Sq, Skv, D), terms of the scores, options
+    for name, shape, terms, options in [
+        ("alibi", (2, 4, 2, 37, 50, 16), {"alibi_slopes": randn(4) / 4}, {"causal": True}),
+        ("alibi_batch", (2, 2, 2, 50, 37, 16), {"alibi_slopes": randn(2, 2) / 4}, {"softcap": 3.0}),
+        ("bias", (2, 2, 1, 40, 70, 16), {"attn_bias": randn(2, 40, 70)}, {"causal": True}),
+        ("bias_padding", (2, 2, 2, 37, 50, 16), {"attn_bias": hidden}, {}),
+        ("bias_queries", (2, 2, 1, 40, 70, 16), {"attn_bias": randn(2, 1, 40, 1), "sinks": randn(2)}, {}),
+        (
+            "sinks",
+            (2, 2, 1, 70, 40, 16),
+            {"sinks": randn(2)},
+            {"causal": True},
+        ),  # the first 30 queries see nothing else
+        (
+            "terms",
+            (2, 4, 2, 40, 70, 16),
+            {"alibi_slopes": randn(4) / 4, "attn_bias": randn(2, 4, 40, 70), "sinks": randn(4)},
+            {"softcap": 5.0, "window_left": 30, "causal": True},
+        ),
+    ]:
+        yield Sample(name, qkv(*shape), terms | options)
+    for name, shape, terms, options in [
+        ("D64_alibi", (2, 4, 2, 300, 300, 64), {"alibi_slopes": randn(4) / 16}, {"causal": True}),
+        ("D64_bias", (2, 4, 4, 257, 300, 64), {"attn_bias": randn(4, 257, 300)}, {"softcap": 10.0}),
+        ("D128_sinks_window", (1, 8, 2, 515, 515, 128), {"sinks": randn(8)}, {"causal": True, "window_left": 100}),
+        (
+            "D128_bias",
+            (2, 4, 2, 300, 515, 128),
+            {"attn_bias": randn(2, 1, 300, 515), "sinks": randn(4)},
+            {"causal": True},
+        ),
+        (
+            "D256_terms",
+            (2, 2, 1, 257, 257, 256),
+            {"alibi_slopes": randn(2, 2) / 16, "attn_bias": randn(257, 257), "sinks": randn(2)},
+            {"causal": True, "window_left": 150, "softcap": 20.0},
+        ),
+    ]:
+        yield Sample(name, qkv(*shape), terms | options, slow_in_interpreter=True)
+
     B, H, S, D = 2, 3, 37, 16
     transposed = [torch.randn(B, S, H, D, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
     yield Sample("strides_bshd", tuple(transposed), {"causal": True})
@@ -597,9 +548,20 @@ def flash_attn_error_samples(device: torch.device | str) -> Iterator[ErrorSample
     yield ErrorSample("window_left", (q, k, v), {"window_left": -2}, match="flash_attn.*'window_left'.*-2.*>= 0")
     yield ErrorSample("window_right", (q, k, v), {"window_right": -7}, match="flash_attn.*'window_right'.*-7.*>= 0")
     yield ErrorSample("softcap", (q, k, v), {"softcap": -1.0}, match="flash_attn.*'softcap'.*-1.0")
-    for name, shape in (("alibi_slopes", (4,)), ("attn_bias", (2, 4, 5, 7)), ("sinks", (4,))):
+    for name, shape, allowed in (
+        ("alibi_slopes", (2, 3), r"\(2, 3\).*\(4,\) or \(2, 4\)"),
+        ("attn_bias", (2, 2, 5, 7), r"\(2, 2, 5, 7\).*broadcasts to.*\(2, 4, 5, 7\)"),
+        ("sinks", (2, 4), r"\(2, 4\).*\(4,\)"),
+    ):
         options = {name: torch.ones(shape, device=device)}
-        yield ErrorSample(name, (q, k, v), options, NotImplementedError, f"flash_attn.*'{name}'.*not implemented")
+        yield ErrorSample(name, (q, k, v), options, match=f"flash_attn.*'{name}'.*{allowed}")
+    mask = {"attn_bias": torch.ones(5, 7, device=device, dtype=torch.bool)}
+    yield ErrorSample("mask", (q, k, v), mask, TypeError, "flash_attn.*'attn_bias'.*bool.*-inf elsewhere")
+
+
+def flash_attn_compile_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    """Samples that are worth compiling offline: smaller heads take the same path with fewer registers."""
+    return (sample for sample in flash_attn_samples(device, dtype) if sample.slow_in_interpreter)
 
 
 def flash_attn_bench_cases() -> Iterator[BenchCase]:
@@ -645,7 +607,8 @@ def flash_attn_cost(
     forward = 2 * q.numel() + k.numel() + v.numel()  # q, k, v; out
     backward = 4 * q.numel() + 2 * (k.numel() + v.numel())  # q, k, v, out, dout; dq, dk, dv
     itemsize = q.element_size()
-    return Cost(flops, forward * itemsize, flops * 5 // 2, backward * itemsize)
+    terms = sum(x.numel() * x.element_size() for x in (alibi_slopes, attn_bias, sinks) if x is not None)
+    return Cost(flops, forward * itemsize + terms, flops * 5 // 2, backward * itemsize + 2 * terms)
 
 
 def _visible_pairs(Sq: int, Skv: int, causal: bool, window_left: int, window_right: int) -> int:

@@ -5,12 +5,13 @@ bounds: query i, whose place among the keys is p(i) = i + Skv - Sq, sees the key
 no bound.
 
 The backward is three kernels: one reduces each query's row to two numbers, one owns dk and dv, one owns dq. So nothing is
-added atomically, and results repeat bit for bit. In float32 the last runs once more, before the others, for the second of
-those numbers.
+added atomically, and results repeat bit for bit. In float32 the last runs once more, before the others, for more exact rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,6 +51,15 @@ def _load_rows(
 
 
 @triton.jit
+def _rounded(x, TO_BF16: tl.constexpr):
+    """x; for the interpreter, whose cast to bf16 truncates, rounded to it to nearest even."""
+    if TO_BF16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def _store_rows(
     x_ptr, x, start, stride_xs, S, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
@@ -57,10 +67,7 @@ def _store_rows(
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = x_ptr + tl.cast(start, tl.int64) * stride_xs + (offs_s[:, None] * stride_xs + offs_d[None, :])
     mask = ((start + offs_s) < S)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    if UPCAST:  # the interpreter's cast to bf16 truncates: round to nearest even before it
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    tl.store(ptrs, x.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(ptrs, _rounded(x, UPCAST).to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -72,6 +79,54 @@ def _tanh(x, PRECISE: tl.constexpr):
         near = -0.3333327 + z * (0.13331092 + z * (-0.05370965 + z * (0.02053881 - z * 0.005591)))
         y = tl.where(tl.abs(x) < 0.64, x + x * (z * near), y)
     return y
+
+
+@triton.jit
+def _distance(start_m, start_n, i, j, Sq, Skv):
+    """How far query start_m + i stands from key start_n + j, for indices i and j that broadcast. Exact up to 2**24."""
+    return tl.abs((start_m + (Skv - Sq) + i).to(tl.float32) - (start_n + j).to(tl.float32))
+
+
+@triton.jit
+def _add_terms(
+    s, slope, bias_ptr, start_m, start_n, i, j, Sq, Skv, stride_bm, stride_bn,
+    HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr, LOG2E: tl.constexpr
+):  # fmt: skip
+    """Scores s, in the unit of `_exp`, with ALiBi and bias. i, j: rows of queries and keys within their blocks, as they lie in s.
+
+    MASKED: keys may lie beyond Skv.
+    """
+    if HAS_ALIBI:
+        s -= slope * _distance(start_m, start_n, i, j, Sq, Skv)
+    if bias_ptr is not None:
+        bias_ptr += tl.cast(start_m, tl.int64) * stride_bm + tl.cast(start_n, tl.int64) * stride_bn
+        mask = (start_m + i) < Sq
+        if MASKED:
+            mask = mask & ((start_n + j) < Skv)
+        s += tl.load(bias_ptr + (i * stride_bm + j * stride_bn), mask=mask, other=0.0).to(tl.float32) * LOG2E
+    return s
+
+
+@triton.jit
+def _sequence(cu_ptr, b, S):
+    """First row and length of sequence b: of packed sequences, whose starts are at cu_ptr, or of one among B of length S."""
+    if cu_ptr is None:
+        return 0, S
+    else:
+        start = tl.load(cu_ptr + b)
+        return start.to(tl.int64), (tl.load(cu_ptr + b + 1) - start).to(tl.int32)
+
+
+@triton.jit
+def _first_row(cu_q_ptr, q_start, b, h, H, Sq_padded):
+    """Where the rows of one head of one sequence begin in a plane of the backward's rows, padded to 128 (_ROW_PADDING).
+
+    Packed sequences: Sq_padded is the length of all of them, with 128 more for each; every one begins at a multiple of 128.
+    """
+    if cu_q_ptr is None:
+        return (b * H + h) * Sq_padded
+    else:
+        return h * Sq_padded + (q_start + b * 128) // 128 * 128
 
 
 @triton.jit
@@ -143,25 +198,30 @@ def _dot_add(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, l, m, q, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr
+    acc, l, m, q, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n, stride_kn, stride_vn, stride_bm, stride_bn,
+    last, first, Sq, Skv,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    LOG2E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
     """One block of keys: the online softmax. m is in the unit of the scores (`_exp`)."""
     k = _load_rows(k_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     if SOFTCAP > 0:
         s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32)
-        UNIT: tl.constexpr = SOFTCAP * (1.0 if k_ptr.dtype.element_ty == tl.float32 else 1.4426950408889634)
+        UNIT: tl.constexpr = SOFTCAP * LOG2E
     else:
-        UNIT: tl.constexpr = SCALE * (1.0 if k_ptr.dtype.element_ty == tl.float32 else 1.4426950408889634)
-    if MASKED:
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        visible = offs_n[None, :] <= last[:, None]
-        if HAS_LEFT:
-            visible = visible & (offs_n[None, :] >= first[:, None])
-        s = tl.where(visible, s * UNIT, float("-inf"))
+        UNIT: tl.constexpr = SCALE * LOG2E
+    if MASKED or HAS_ALIBI or bias_ptr is not None:
+        i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+        s = _add_terms(
+            s * UNIT, slope, bias_ptr, start_m, start_n, i, j, Sq, Skv, stride_bm, stride_bn, HAS_ALIBI, MASKED, LOG2E
+        )
+        if MASKED:
+            visible = (start_n + j) <= last[:, None]
+            if HAS_LEFT:
+                visible = visible & ((start_n + j) >= first[:, None])
+            s = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         # -inf until the first visible key: -inf - 0 gives weight 0 where -inf - -inf gives NaN
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -183,25 +243,41 @@ def _attend(
 
 @triton.jit(do_not_specialize=["Sq", "Skv", "BH", "window_left", "window_right"])
 def _flash_attn_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    Sq, Skv, H, BH, window_left, window_right,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, alibi_ptr, bias_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr,
+    Sq, Skv, Tq, H, BH, window_left, window_right,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
+    stride_ab, stride_bb, stride_bh, stride_bm, stride_bn,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HEADS_PER_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LOG2E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """out and lse of one block of queries. Packed sequences: Sq and Skv are the longest, Tq the rows of all."""
+    HAS_ALIBI: tl.constexpr = alibi_ptr is not None
     b, h, start_m = _head_and_block(tl.program_id(0), Sq, H, BH, GROUP, BLOCK_M, HAS_RIGHT)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h // HEADS_PER_KV * stride_kh
-    v_ptr += b * stride_vb + h // HEADS_PER_KV * stride_vh
-    out_ptr += b * stride_ob + h * stride_oh
+    q_start, Sq = _sequence(cu_q_ptr, b, Sq)
+    k_start, Skv = _sequence(cu_k_ptr, b, Skv)
+    if cu_q_ptr is not None:  # noqa: SIM102 (a constexpr, then a run-time value)
+        if start_m >= Sq:
+            return
+    q_ptr += b * stride_qb + h * stride_qh + q_start * stride_qm
+    k_ptr += b * stride_kb + h // HEADS_PER_KV * stride_kh + k_start * stride_kn
+    v_ptr += b * stride_vb + h // HEADS_PER_KV * stride_vh + k_start * stride_vn
+    out_ptr += b * stride_ob + h * stride_oh + q_start * stride_om
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_ptr + b * stride_ab + h).to(tl.float32) * LOG2E
+    if bias_ptr is not None:
+        bias_ptr += b * stride_bb + h * stride_bh
 
     q = _load_rows(q_ptr, start_m, stride_qm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, UPCAST)  # (BLOCK_M, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if sinks_ptr is not None:  # as if a key without value had been seen first
+        l += 1.0
+        m = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
 
     # places of the queries among the keys, and the first and last key that each sees
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -218,8 +294,9 @@ def _flash_attn_fwd_kernel(
     if full_begin < full_end:
         for start_n in range(full_begin, full_end, BLOCK_N):
             acc, l, m = _attend(
-                acc, l, m, q, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
-                SCALE, SOFTCAP, HAS_LEFT, HEAD_DIM, BLOCK_N, BLOCK_D, False, PRECISION, UPCAST,
+                acc, l, m, q, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n, stride_kn, stride_vn, stride_bm, stride_bn,
+                last, first, Sq, Skv, SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
+                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False, LOG2E, PRECISION, UPCAST,
             )  # fmt: skip
     # blocks on the edge of what is seen, left and right in one loop
     edge = (full_begin - begin) + (end - full_end)
@@ -227,8 +304,9 @@ def _flash_attn_fwd_kernel(
         for i in range(0, edge, BLOCK_N):
             start_n = tl.where(i < full_begin - begin, begin + i, full_end + i - (full_begin - begin))
             acc, l, m = _attend(
-                acc, l, m, q, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
-                SCALE, SOFTCAP, HAS_LEFT, HEAD_DIM, BLOCK_N, BLOCK_D, True, PRECISION, UPCAST,
+                acc, l, m, q, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n, stride_kn, stride_vn, stride_bm, stride_bn,
+                last, first, Sq, Skv, SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
+                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, LOG2E, PRECISION, UPCAST,
             )  # fmt: skip
 
     l = tl.where(l == 0.0, 1.0, l)  # nothing was visible: acc is 0 and m is -inf
@@ -239,7 +317,8 @@ def _flash_attn_fwd_kernel(
             lse = m + tl.log(l)
         else:
             lse = (m + tl.log2(l)) * 0.6931471805599453
-        tl.store(lse_ptr + (b * H + h) * Sq + offs_m, lse, mask=offs_m < Sq)
+        lse_ptr += (b * H + h) * Sq if cu_q_ptr is None else h * Tq + q_start
+        tl.store(lse_ptr + offs_m, lse, mask=offs_m < Sq)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -247,47 +326,47 @@ def _flash_attn_fwd_kernel(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["Sq", "BH"])
+@triton.jit(do_not_specialize=["Sq", "plane"])
 def _flash_attn_bwd_rows_kernel(
-    dout_ptr, out_ptr, lse_ptr, rows_ptr,
-    Sq, Sq_padded, H, BH,
+    dout_ptr, out_ptr, lse_ptr, rows_ptr, cu_q_ptr,
+    Sq, Sq_padded, Tq, H, plane,
     stride_db, stride_dh, stride_dm, stride_ob, stride_oh, stride_om,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
     """What the backward needs of every query: lse in the unit of the scores (`_exp`), and delta = dot(dout, out).
 
     Rows beyond Sq, and queries that see nothing, get lse = +inf: then P = exp(score - lse) is 0 without a mask.
     """
-    num_blocks = tl.cdiv(Sq_padded, BLOCK_M)
+    num_blocks = tl.cdiv(Sq, 128) * (128 // BLOCK_M)  # _ROW_PADDING
     bh = tl.program_id(0) // num_blocks
     start_m = tl.program_id(0) % num_blocks * BLOCK_M
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
-    out = _load_rows(
-        out_ptr + b * stride_ob + h * stride_oh, start_m, stride_om, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, True
-    )
-    dout = _load_rows(
-        dout_ptr + b * stride_db + h * stride_dh, start_m, stride_dm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, True
-    )
+    q_start, Sq = _sequence(cu_q_ptr, b, Sq)
+    if cu_q_ptr is not None:  # noqa: SIM102 (a constexpr, then a run-time value)
+        if start_m >= tl.cdiv(Sq, 128) * 128:
+            return
+    out_ptr += b * stride_ob + h * stride_oh + q_start * stride_om
+    dout_ptr += b * stride_db + h * stride_dh + q_start * stride_dm
+    out = _load_rows(out_ptr, start_m, stride_om, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, True)
+    dout = _load_rows(dout_ptr, start_m, stride_dm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, True)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    lse = tl.load(lse_ptr + bh.to(tl.int64) * Sq + offs_m, mask=offs_m < Sq, other=float("-inf"))
-    lse = tl.where(
-        lse == float("-inf"),
-        float("inf"),
-        lse * (1.0 if out_ptr.dtype.element_ty == tl.float32 else 1.4426950408889634),
-    )
-    rows_ptr += bh.to(tl.int64) * Sq_padded
-    mask_m = offs_m < Sq_padded
-    tl.store(rows_ptr + offs_m, lse, mask=mask_m)
-    tl.store(rows_ptr + tl.cast(BH, tl.int64) * Sq_padded + offs_m, tl.sum(out * dout, 1), mask=mask_m)
+    lse_ptr += (b * H + h) * Sq if cu_q_ptr is None else h * Tq + q_start
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < Sq, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    rows_ptr += _first_row(cu_q_ptr, q_start, b, h, H, Sq_padded)
+    tl.store(rows_ptr + offs_m, lse)
+    tl.store(rows_ptr + tl.cast(plane, tl.int64) + offs_m, tl.sum(out * dout, 1))
 
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, start_m, stride_qm, stride_dm, first, last, on_edge, Sq,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
+    dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, bias_ptr, slope, plane, start_m, start_n,
+    stride_qm, stride_dm, stride_bm, stride_bn, first, last, on_edge, Sq, Skv,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr,
+    LOG2E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
     """One block of queries. Everything is computed transposed, (BLOCK_N, BLOCK_M), so that no accumulator is transposed."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -295,10 +374,16 @@ def _dkdv_step(
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
     if SOFTCAP > 0:
         s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32)
-        UNIT: tl.constexpr = SOFTCAP * (1.0 if q_ptr.dtype.element_ty == tl.float32 else 1.4426950408889634)
+        UNIT: tl.constexpr = SOFTCAP * LOG2E
     else:
-        UNIT: tl.constexpr = SCALE * (1.0 if q_ptr.dtype.element_ty == tl.float32 else 1.4426950408889634)
-    p = _exp(q_ptr, s * UNIT - tl.load(lse_ptr + offs_m)[None, :])
+        UNIT: tl.constexpr = SCALE * LOG2E
+    score = _add_terms(
+        s * UNIT, slope, bias_ptr, start_m, start_n, tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None],
+        Sq, Skv, stride_bm, stride_bn, HAS_ALIBI, True, LOG2E,
+    )  # fmt: skip
+    p = _exp(q_ptr, score - tl.load(rows_ptr + offs_m)[None, :])
+    if q_ptr.dtype.element_ty == tl.float32:
+        p *= tl.load(rows_ptr + 2 * plane + offs_m)[None, :]
     if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102 (a constexpr, then a run-time value)
         if on_edge:
             if HAS_RIGHT:
@@ -310,36 +395,41 @@ def _dkdv_step(
         dv = _dot_add(p.to(dout.dtype), dout, dv, PRECISION)
     if NEEDS_DK:
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-        ds = p * (dp - tl.load(delta_ptr + offs_m)[None, :])
+        ds = p * (dp - tl.load(rows_ptr + plane + offs_m)[None, :])
         if SOFTCAP > 0:
             ds = ds * (1.0 - s * s)
         dk = _dot_add(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["Sq", "Skv", "BH", "BHq", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["Sq", "Skv", "BH", "plane", "window_left", "window_right"])
 def _flash_attn_bwd_dkdv_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_ptr, dv_ptr,
-    Sq, Sq_padded, Skv, H, BH, BHq, window_left, window_right,
+    dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, alibi_ptr, bias_ptr, cu_q_ptr, cu_k_ptr, dk_ptr, dv_ptr,
+    Sq, Sq_padded, Skv, H, BH, plane, window_left, window_right,
     stride_db, stride_dh, stride_dm, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ab, stride_bb, stride_bh, stride_bm, stride_bn,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HEADS_PER_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LOG2E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys, summed over the query heads that share it; either may be None. H, BH count key heads."""
     NEEDS_DK: tl.constexpr = dk_ptr is not None
     NEEDS_DV: tl.constexpr = dv_ptr is not None
+    HAS_ALIBI: tl.constexpr = alibi_ptr is not None
     b, h, start_n = _head_and_block(tl.program_id(0), Skv, H, BH, GROUP, BLOCK_N, False)
+    q_start, Sq = _sequence(cu_q_ptr, b, Sq)
+    k_start, Skv = _sequence(cu_k_ptr, b, Skv)
+    if cu_k_ptr is not None:  # noqa: SIM102 (a constexpr, then a run-time value)
+        if start_n >= Skv:
+            return
     # rows beyond Skv are computed from zeros and not stored; nothing else depends on them
-    k = _load_rows(
-        k_ptr + b * stride_kb + h * stride_kh, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, True, UPCAST
-    )
-    v = _load_rows(
-        v_ptr + b * stride_vb + h * stride_vh, start_n, stride_vn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, True, UPCAST
-    )
+    k_ptr += b * stride_kb + h * stride_kh + k_start * stride_kn
+    v_ptr += b * stride_vb + h * stride_vh + k_start * stride_vn
+    k = _load_rows(k_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, True, UPCAST)
+    v = _load_rows(v_ptr, start_n, stride_vn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, True, UPCAST)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
 
@@ -352,93 +442,127 @@ def _flash_attn_bwd_dkdv_kernel(
     begin, full_begin, full_end, end = _blocks(
         first_place, last_place, Sq, window_right, window_left, HAS_RIGHT, HAS_LEFT, BLOCK_M
     )
+    plane = tl.cast(plane, tl.int64)
     for g in range(HEADS_PER_KV):
         hq = h * HEADS_PER_KV + g
-        q_head_ptr = q_ptr + b * stride_qb + hq * stride_qh
-        dout_head_ptr = dout_ptr + b * stride_db + hq * stride_dh
-        lse_ptr = rows_ptr + (b * H * HEADS_PER_KV + hq) * Sq_padded
-        delta_ptr = lse_ptr + tl.cast(BHq, tl.int64) * Sq_padded
+        q_head_ptr = q_ptr + b * stride_qb + hq * stride_qh + q_start * stride_qm
+        dout_head_ptr = dout_ptr + b * stride_db + hq * stride_dh + q_start * stride_dm
+        rows_head_ptr = rows_ptr + _first_row(cu_q_ptr, q_start, b, hq, H * HEADS_PER_KV, Sq_padded)
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(alibi_ptr + b * stride_ab + hq).to(tl.float32) * LOG2E
+        bias_head_ptr = bias_ptr
+        if bias_ptr is not None:
+            bias_head_ptr += b * stride_bb + hq * stride_bh
         if begin < end:
             for start_m in range(begin, end, BLOCK_M):
                 start_m = tl.multiple_of(start_m, BLOCK_M)
                 on_edge = (start_m < full_begin) | (start_m >= full_end)
                 dk, dv = _dkdv_step(
-                    dk, dv, k, v, q_head_ptr, dout_head_ptr, lse_ptr, delta_ptr, start_m, stride_qm, stride_dm,
-                    first, last, on_edge, Sq, SCALE, SOFTCAP, HAS_LEFT, HAS_RIGHT, HEAD_DIM, BLOCK_M, BLOCK_D,
-                    NEEDS_DK, NEEDS_DV, PRECISION, UPCAST,
+                    dk, dv, k, v, q_head_ptr, dout_head_ptr, rows_head_ptr, bias_head_ptr, slope, plane, start_m, start_n,
+                    stride_qm, stride_dm, stride_bm, stride_bn, first, last, on_edge, Sq, Skv,
+                    SCALE, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+                    NEEDS_DK, NEEDS_DV, LOG2E, PRECISION, UPCAST,
                 )  # fmt: skip
     if NEEDS_DK:
-        dk_ptr += b * stride_dkb + h * stride_dkh
+        dk_ptr += b * stride_dkb + h * stride_dkh + k_start * stride_dkn
         _store_rows(dk_ptr, dk * SCALE, start_n, stride_dkn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, UPCAST)
     if NEEDS_DV:
-        dv_ptr += b * stride_dvb + h * stride_dvh
+        dv_ptr += b * stride_dvb + h * stride_dvh + k_start * stride_dvn
         _store_rows(dv_ptr, dv, start_n, stride_dvn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, UPCAST)
 
 
 @triton.jit
 def _dq_step(
-    acc, q, dout, lse, delta, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ONLY_DELTA: tl.constexpr
+    acc, total, q, dout, lse, delta, norm, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
+    stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    LOG2E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ONLY_ROWS: tl.constexpr, NEEDS_DALIBI: tl.constexpr
 ):  # fmt: skip
-    """One block of keys, added to dq (BLOCK_M, BLOCK_D) or to delta (BLOCK_M,)."""
+    """One block of keys, added to dq (BLOCK_M, BLOCK_D) and the slope's gradient, or to the rows' sums of P * dP and of P."""
     k = _load_rows(k_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     if SOFTCAP > 0:
         s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32)
-        UNIT: tl.constexpr = SOFTCAP * (1.0 if k_ptr.dtype.element_ty == tl.float32 else 1.4426950408889634)
+        UNIT: tl.constexpr = SOFTCAP * LOG2E
     else:
-        UNIT: tl.constexpr = SCALE * (1.0 if k_ptr.dtype.element_ty == tl.float32 else 1.4426950408889634)
-    p = _exp(k_ptr, s * UNIT - lse[:, None])
+        UNIT: tl.constexpr = SCALE * LOG2E
+    i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    score = _add_terms(
+        s * UNIT, slope, bias_ptr, start_m, start_n, i, j, Sq, Skv, stride_bm, stride_bn, HAS_ALIBI, MASKED, LOG2E
+    )
+    p = _exp(k_ptr, score - lse[:, None])
     if MASKED:
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        visible = offs_n[None, :] <= last[:, None]
+        visible = (start_n + j) <= last[:, None]
         if HAS_LEFT:
-            visible = visible & (offs_n[None, :] >= first[:, None])
+            visible = visible & ((start_n + j) >= first[:, None])
         p = tl.where(visible, p, 0.0)
     v = _load_rows(v_ptr, start_n, stride_vn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, UPCAST)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-    if ONLY_DELTA:
-        return acc + tl.sum(p * dp, 1)
+    if ONLY_ROWS:
+        return acc + tl.sum(p * dp, 1), total + tl.sum(p, 1)
     else:
+        if k_ptr.dtype.element_ty == tl.float32:
+            p *= norm[:, None]
         ds = p * (dp - delta[:, None])
+        if NEEDS_DALIBI:
+            total -= tl.sum(ds * _distance(start_m, start_n, i, j, Sq, Skv), 1)
         if SOFTCAP > 0:
             ds = ds * (1.0 - s * s)
-        return _dot_add(ds.to(k.dtype), k, acc, PRECISION)
+        return _dot_add(ds.to(k.dtype), k, acc, PRECISION), total
 
 
-@triton.jit(do_not_specialize=["Sq", "Skv", "BH", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["Sq", "Skv", "BH", "plane", "window_left", "window_right"])
 def _flash_attn_bwd_dq_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dq_ptr,
-    Sq, Sq_padded, Skv, H, BH, window_left, window_right,
+    dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, alibi_ptr, bias_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, dq_ptr, dalibi_ptr,
+    Sq, Sq_padded, Skv, H, BH, plane, window_left, window_right,
     stride_db, stride_dh, stride_dm, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_dqb, stride_dqh, stride_dqm,
+    stride_ab, stride_bb, stride_bh, stride_bm, stride_bn, stride_dqb, stride_dqh, stride_dqm,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HEADS_PER_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ONLY_DELTA: tl.constexpr,
+    LOG2E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ONLY_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries: the forward's loop over the keys. ONLY_DELTA: delta = sum of P * dP over the keys instead.
+    """dq of one block of queries: the forward's loop over the keys. ONLY_ROWS: two sums over the keys instead, for fp32.
 
-    That sum is dot(dout, out), too, but dP - delta then cancels as exactly as in eager attention: fp32 uses it.
+    The sum of P * dP is delta, too, but dP - delta then cancels as exactly as in eager attention. The sum of P, with the
+    sink's, is 1 but for the rounding of lse, which grows with the scores and is common to a row: 1 / sum takes it back.
+
+    dalibi_ptr, a plane like those of rows, gets each query's part of the slope's gradient.
     """
+    HAS_ALIBI: tl.constexpr = alibi_ptr is not None
+    NEEDS_DALIBI: tl.constexpr = dalibi_ptr is not None
     b, h, start_m = _head_and_block(tl.program_id(0), Sq, H, BH, GROUP, BLOCK_M, HAS_RIGHT)
-    k_ptr += b * stride_kb + h // HEADS_PER_KV * stride_kh
-    v_ptr += b * stride_vb + h // HEADS_PER_KV * stride_vh
-    q = _load_rows(
-        q_ptr + b * stride_qb + h * stride_qh, start_m, stride_qm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, UPCAST
-    )
-    dout = _load_rows(
-        dout_ptr + b * stride_db + h * stride_dh, start_m, stride_dm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, UPCAST
-    )
+    q_start, Sq = _sequence(cu_q_ptr, b, Sq)
+    k_start, Skv = _sequence(cu_k_ptr, b, Skv)
+    if cu_q_ptr is not None:  # noqa: SIM102 (a constexpr, then a run-time value)
+        if start_m >= Sq:
+            return
+    k_ptr += b * stride_kb + h // HEADS_PER_KV * stride_kh + k_start * stride_kn
+    v_ptr += b * stride_vb + h // HEADS_PER_KV * stride_vh + k_start * stride_vn
+    q_ptr += b * stride_qb + h * stride_qh + q_start * stride_qm
+    dout_ptr += b * stride_db + h * stride_dh + q_start * stride_dm
+    q = _load_rows(q_ptr, start_m, stride_qm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, UPCAST)
+    dout = _load_rows(dout_ptr, start_m, stride_dm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, UPCAST)
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_ptr + b * stride_ab + h).to(tl.float32) * LOG2E
+    if bias_ptr is not None:
+        bias_ptr += b * stride_bb + h * stride_bh
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    rows_ptr += (b * H + h) * Sq_padded
+    first_row = _first_row(cu_q_ptr, q_start, b, h, H, Sq_padded)
+    rows_ptr += first_row
+    plane = tl.cast(plane, tl.int64)
     lse = tl.load(rows_ptr + offs_m)
-    delta_ptr = rows_ptr + tl.cast(BH, tl.int64) * Sq_padded
-    delta = tl.load(delta_ptr + offs_m)
-    if ONLY_DELTA:
+    delta = tl.load(rows_ptr + plane + offs_m)
+    norm = delta
+    if q_ptr.dtype.element_ty == tl.float32 and not ONLY_ROWS:
+        norm = tl.load(rows_ptr + 2 * plane + offs_m)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if ONLY_ROWS:
         acc = tl.zeros((BLOCK_M,), tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -455,23 +579,172 @@ def _flash_attn_bwd_dq_kernel(
     )
     if full_begin < full_end:
         for start_n in range(full_begin, full_end, BLOCK_N):
-            acc = _dq_step(
-                acc, q, dout, lse, delta, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
-                SCALE, SOFTCAP, HAS_LEFT, HEAD_DIM, BLOCK_N, BLOCK_D, False, PRECISION, UPCAST, ONLY_DELTA,
+            acc, total = _dq_step(
+                acc, total, q, dout, lse, delta, norm, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
+                stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv, SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
+                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False, LOG2E, PRECISION, UPCAST, ONLY_ROWS, NEEDS_DALIBI,
             )  # fmt: skip
     edge = (full_begin - begin) + (end - full_end)
     if edge > 0:
         for i in range(0, edge, BLOCK_N):
             start_n = tl.where(i < full_begin - begin, begin + i, full_end + i - (full_begin - begin))
-            acc = _dq_step(
-                acc, q, dout, lse, delta, k_ptr, v_ptr, start_n, stride_kn, stride_vn, last, first, Skv,
-                SCALE, SOFTCAP, HAS_LEFT, HEAD_DIM, BLOCK_N, BLOCK_D, True, PRECISION, UPCAST, ONLY_DELTA,
+            acc, total = _dq_step(
+                acc, total, q, dout, lse, delta, norm, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
+                stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv, SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
+                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, LOG2E, PRECISION, UPCAST, ONLY_ROWS, NEEDS_DALIBI,
             )  # fmt: skip
-    if ONLY_DELTA:
-        tl.store(delta_ptr + offs_m, acc, mask=offs_m < Sq)
+    if ONLY_ROWS:
+        if sinks_ptr is not None:
+            total += _exp(q_ptr, tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - lse)
+        norm = 1.0 / tl.where(total == 0.0, 1.0, total)  # 0: the query sees nothing
+        tl.store(rows_ptr + plane + offs_m, acc * norm, mask=offs_m < Sq)
+        tl.store(rows_ptr + 2 * plane + offs_m, norm)  # within the padding
     else:
-        dq_ptr += b * stride_dqb + h * stride_dqh
+        if NEEDS_DALIBI:
+            tl.store(dalibi_ptr + first_row + offs_m, total)
+        dq_ptr += b * stride_dqb + h * stride_dqh + q_start * stride_dqm
         _store_rows(dq_ptr, acc * SCALE, start_m, stride_dqm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, UPCAST)
+
+
+@triton.jit(do_not_specialize=["Sq", "Skv", "B", "plane", "window_left", "window_right"])
+def _flash_attn_bwd_dbias_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, alibi_ptr, bias_ptr, dbias_ptr,
+    Sq, Sq_padded, Skv, B, H, plane, window_left, window_right,
+    stride_db, stride_dh, stride_dm, stride_qb, stride_qh, stride_qm,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ab, stride_bb, stride_bh, stride_bm, stride_bn,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    LOG2E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
+    SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of the bias's gradient, summed in order over the dimensions (SUM_*) along which the bias was broadcast."""
+    HAS_ALIBI: tl.constexpr = alibi_ptr is not None
+    heads = 1 if SUM_H else H
+    rows = 1 if SUM_M else Sq
+    columns = 1 if SUM_N else Skv
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    pid = tl.program_id(0)
+    tile_n = pid % tiles_n * BLOCK_N
+    tile_m = pid // tiles_n % tiles_m * BLOCK_M
+    bias_bh = pid // tiles_n // tiles_m
+    b_begin, h_begin = bias_bh // heads, bias_bh % heads
+    b_end, h_end, m_end = b_begin + 1, h_begin + 1, tile_m + 1
+    if SUM_B:
+        b_begin, b_end = 0, B
+    if SUM_H:
+        h_begin, h_end = 0, H
+    if SUM_M:
+        m_end = Sq
+    i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    plane = tl.cast(plane, tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for b_small in range(b_begin, b_end):
+        for h_small in range(h_begin, h_end):
+            b, h = tl.cast(b_small, tl.int64), tl.cast(h_small, tl.int64)
+            q_head_ptr = q_ptr + b * stride_qb + h * stride_qh
+            dout_head_ptr = dout_ptr + b * stride_db + h * stride_dh
+            k_head_ptr = k_ptr + b * stride_kb + h // HEADS_PER_KV * stride_kh
+            v_head_ptr = v_ptr + b * stride_vb + h // HEADS_PER_KV * stride_vh
+            rows_head_ptr = rows_ptr + (b * H + h) * Sq_padded
+            bias_head_ptr = bias_ptr + b * stride_bb + h * stride_bh
+            slope = 0.0
+            if HAS_ALIBI:
+                slope = tl.load(alibi_ptr + b * stride_ab + h).to(tl.float32) * LOG2E
+            for start_m in range(tile_m, m_end, BLOCK_M):
+                # the keys that this block of queries meets: all of them, or those of the tile
+                first_place = start_m + (Skv - Sq)
+                last_place = tl.minimum(start_m + BLOCK_M, Sq) - 1 + (Skv - Sq)
+                begin, _, _, end = _blocks(
+                    first_place, last_place, Skv, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+                )
+                if not SUM_N:
+                    begin, end = tl.maximum(begin, tile_n), tl.minimum(end, tile_n + BLOCK_N)
+                if begin < end:
+                    q = _load_rows(q_head_ptr, start_m, stride_qm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, UPCAST)
+                    dout = _load_rows(dout_head_ptr, start_m, stride_dm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, UPCAST)
+                    offs_m = start_m + tl.arange(0, BLOCK_M)
+                    lse = tl.load(rows_head_ptr + offs_m)
+                    delta = tl.load(rows_head_ptr + plane + offs_m)
+                    for start_n in range(begin, end, BLOCK_N):
+                        k = _load_rows(k_head_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, True, UPCAST)
+                        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+                        if SOFTCAP > 0:
+                            s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32) * (SOFTCAP * LOG2E)
+                        else:
+                            s = s * (SCALE * LOG2E)
+                        s = _add_terms(
+                            s, slope, bias_head_ptr, start_m, start_n, i, j, Sq, Skv, stride_bm, stride_bn,
+                            HAS_ALIBI, True, LOG2E,
+                        )  # fmt: skip
+                        p = _exp(q_ptr, s - lse[:, None])
+                        if q_ptr.dtype.element_ty == tl.float32:
+                            p *= tl.load(rows_head_ptr + 2 * plane + offs_m)[:, None]
+                        visible = (start_n + j) < Skv
+                        place = start_m + (Skv - Sq) + i
+                        if HAS_RIGHT:
+                            visible = visible & ((start_n + j) <= place + window_right)
+                        if HAS_LEFT:
+                            visible = visible & ((start_n + j) >= place - window_left)
+                        v = _load_rows(v_head_ptr, start_n, stride_vn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, True, UPCAST)
+                        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                        acc += tl.where(visible, p * (dp - delta[:, None]), 0.0)
+    if SUM_M:
+        acc = tl.sum(acc, 0, keep_dims=True)
+        i = tl.arange(0, 1)[:, None]
+    if SUM_N:
+        acc = tl.sum(acc, 1, keep_dims=True)
+        j = tl.arange(0, 1)[None, :]
+    row = bias_bh.to(tl.int64) * rows + tile_m + i
+    mask = ((tile_m + i) < rows) & ((tile_n + j) < columns)
+    tl.store(dbias_ptr + row * columns + tile_n + j, _rounded(acc, ROUND).to(dbias_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["Sq", "plane"])
+def _flash_attn_bwd_heads_kernel(
+    rows_ptr, dalibi_ptr, sinks_ptr, cu_q_ptr, sums_ptr,
+    Sq, Sq_padded, H, plane,
+    BLOCK_M: tl.constexpr, LOG2E: tl.constexpr, EXACT_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one head's slope or, with sinks, sink, of one sequence: a sum over its queries. EXACT_ROWS: as in fp32."""
+    bh = tl.program_id(0)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    q_start, Sq = _sequence(cu_q_ptr, b, Sq)
+    first_row = _first_row(cu_q_ptr, q_start, b, h, H, Sq_padded)
+    plane = tl.cast(plane, tl.int64)
+    rows_ptr += first_row
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
+    else:
+        dalibi_ptr += first_row
+    acc = tl.zeros((BLOCK_M,), tl.float32)
+    for start_m in range(0, Sq, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < Sq
+        if sinks_ptr is not None:
+            x = sink - tl.load(rows_ptr + offs_m, mask=mask_m, other=float("inf"))
+            p = exp_fp32(x) if EXACT_ROWS else tl.exp2(x)
+            if EXACT_ROWS:
+                p *= tl.load(rows_ptr + 2 * plane + offs_m, mask=mask_m, other=0.0)
+            acc -= p * tl.load(rows_ptr + plane + offs_m, mask=mask_m, other=0.0)
+        else:
+            acc += tl.load(dalibi_ptr + offs_m, mask=mask_m, other=0.0)
+    tl.store(sums_ptr + bh, tl.sum(acc, 0))
+
+
+@triton.jit(do_not_specialize=["B", "H"])
+def _flash_attn_bwd_batches_kernel(
+    sums_ptr, out_ptr, B, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, ROUND: tl.constexpr
+):
+    """Sum (B, H) over the sequences, in out's dtype."""
+    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    acc = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    for start_b in range(0, B, BLOCK_B):
+        offs_b = start_b + tl.arange(0, BLOCK_B)[:, None]
+        acc += tl.load(sums_ptr + offs_b * H + offs_h, mask=(offs_b < B) & (offs_h < H), other=0.0)
+    out = _rounded(tl.sum(acc, 0, keep_dims=True), ROUND).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offs_h, out, mask=offs_h < H)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -481,85 +754,193 @@ def _flash_attn_bwd_dq_kernel(
 # The backward's per-query rows are padded to this multiple, so that no block of queries reads beyond them.
 _ROW_PADDING = 128
 
+# Heads whose blocks run side by side (`_head_and_block`).
+_GROUP = 8
 
-def _config(
-    kernel: str, dtype: torch.dtype, D: int, softcap: float, left: int, target: int
-) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps, num_stages) for kernel "fwd", "dkdv" or "dq": the largest tiles that compile without a spill.
+
+def _config(kernel: str, x: torch.Tensor, crowd: str) -> dict[str, int]:
+    """Tile and launch options for kernel "fwd", "dkdv", "dq" or "dbias": the largest tiles that compile without a spill.
+
+    crowd: which options need registers of their own, "", "crowded", "bias" or "bias crowded"; the next best entry counts.
 
     Eight warps also where four would do: some 4-warp products were miscompiled for SM90.
     """
-    block_d = next_power_of_2(D)
+    block_d = max(16, next_power_of_2(x.shape[-1]))
     width = "narrow" if block_d <= 64 else "128" if block_d == 128 else "256"
-    if dtype == torch.float32:
+    if x.dtype == torch.float32:
         kind = "float32"
     else:
-        kind = "sm90" if target == 90 else "portable"
+        kind = "sm90" if capability(x.device) == 90 else "portable"
     configs = _CONFIGS[kind][kernel]
-    # a softcap, a left bound and head sizes that fill their block in part need registers of their own
-    crowded = softcap > 0 or left >= 0 or block_d != D
-    return configs.get(f"{width} crowded" if crowded else width, configs[width])
+    found = next(configs[width + suffix] for suffix in _SUFFIXES[crowd] if width + suffix in configs)
+    block_m, block_n, num_warps, num_stages = found
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
 
+
+# The entries of _CONFIGS that serve each crowd, the best first.
+_SUFFIXES = {
+    "": ("",),
+    "crowded": (" crowded", ""),
+    "bias": (" bias", " crowded", ""),
+    "bias crowded": (" bias crowded", " bias", " crowded", ""),
+}
 
 _CONFIGS: dict[str, dict[str, dict[str, tuple[int, int, int, int]]]] = {
     "sm90": {
         "fwd": {
             "narrow": (128, 128, 8, 2),
+            "narrow bias": (128, 64, 8, 2),
             "128": (128, 128, 8, 2),
             "128 crowded": (128, 64, 8, 2),
+            "128 bias": (128, 32, 8, 1),
+            "128 bias crowded": (64, 32, 8, 2),
             "256": (128, 32, 8, 2),
+            "256 bias": (64, 32, 8, 2),
+            "256 bias crowded": (64, 16, 8, 2),
         },
         "dkdv": {
             "narrow": (64, 128, 8, 2),
             "narrow crowded": (32, 128, 8, 2),
             "128": (32, 128, 8, 2),
             "128 crowded": (32, 64, 8, 2),
+            "128 bias": (32, 32, 8, 2),
             "256": (32, 32, 8, 1),
         },
-        "dq": {"narrow": (128, 64, 8, 2), "128": (128, 64, 8, 2), "256": (64, 32, 8, 2)},
+        "dq": {
+            "narrow": (128, 64, 8, 2),
+            "128": (128, 64, 8, 2),
+            "128 bias": (64, 64, 8, 2),
+            "128 bias crowded": (64, 32, 8, 2),
+            "256": (64, 32, 8, 2),
+            "256 bias": (32, 32, 8, 2),
+        },
+        "dbias": {"narrow": (64, 64, 8, 1), "128": (64, 64, 8, 1), "256": (32, 32, 8, 1)},
     },
     "portable": {
-        "fwd": {"narrow": (128, 64, 8, 2), "128": (128, 64, 8, 2), "256": (64, 64, 8, 1)},
-        "dkdv": {"narrow": (32, 64, 8, 2), "128": (32, 64, 8, 2), "256": (32, 32, 8, 1)},
-        "dq": {"narrow": (128, 64, 8, 2), "128": (64, 64, 8, 2), "128 crowded": (32, 64, 8, 2), "256": (64, 64, 8, 1)},
+        "fwd": {
+            "narrow": (128, 64, 8, 2),
+            "narrow bias": (128, 32, 8, 2),
+            "128": (128, 64, 8, 2),
+            "128 bias": (64, 64, 8, 2),
+            "128 bias crowded": (64, 32, 8, 2),
+            "256": (64, 64, 8, 1),
+            "256 bias": (64, 32, 8, 1),
+        },
+        "dkdv": {
+            "narrow": (32, 64, 8, 2),
+            "128": (32, 64, 8, 2),
+            "128 bias": (32, 32, 8, 2),
+            "256": (32, 32, 8, 1),
+        },
+        "dq": {
+            "narrow": (128, 64, 8, 2),
+            "narrow bias": (64, 64, 8, 2),
+            "128": (64, 64, 8, 2),
+            "128 crowded": (32, 64, 8, 2),
+            "256": (64, 64, 8, 1),
+            "256 bias": (32, 32, 8, 1),
+        },
+        "dbias": {"narrow": (64, 32, 8, 1), "128": (64, 32, 8, 1), "256": (32, 32, 8, 1)},
     },
     # IEEE products are multiply-adds on whole operands in registers
     "float32": {
         "fwd": {"narrow": (64, 32, 8, 2), "128": (32, 16, 8, 1), "256": (16, 16, 8, 1)},
         "dkdv": {"narrow": (32, 32, 8, 1), "128": (16, 32, 8, 1), "256": (16, 16, 8, 1)},
         "dq": {"narrow": (32, 32, 8, 1), "128": (16, 16, 8, 1), "256": (16, 16, 8, 1)},
+        "dbias": {"narrow": (32, 32, 8, 1), "128": (16, 16, 8, 1), "256": (16, 16, 8, 1)},
     },
 }
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a call asks for besides q, k, v. left, right: the window's two bounds; cu_*: where packed sequences begin."""
+
+    scale: float
+    softcap: float
+    left: int
+    right: int
+    alibi_slopes: torch.Tensor | None = None
+    attn_bias: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+
+class _Call:
+    """The arguments that the kernels of one call share."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> None:
+        self.q, self.k, self.v, self.options = q, k, v, options
+        self.packed = options.cu_seqlens_q is not None
+        self.H, self.Hkv, self.D = q.shape[1], k.shape[1], q.shape[-1]
+        if options.cu_seqlens_q is not None and options.cu_seqlens_k is not None:
+            self.B = options.cu_seqlens_q.shape[0] - 1
+            self.Sq, self.Skv, self.Tq = options.max_seqlen_q, options.max_seqlen_k, q.shape[0]
+            self.cu = (options.cu_seqlens_q.contiguous(), options.cu_seqlens_k.contiguous())
+        else:
+            self.B, self.Sq, self.Skv, self.Tq = q.shape[0], q.shape[2], k.shape[2], None
+            self.cu = (None, None)
+        slopes, bias, sinks = options.alibi_slopes, options.attn_bias, options.sinks
+        self.slopes = None if slopes is None else slopes.contiguous()
+        self.bias = bias
+        self.sinks = None if sinks is None else sinks.contiguous()
+        # the batch stride of slopes, then the bias's, 0 where it is broadcast
+        self.term_strides = (
+            None if slopes is None else self.H if slopes.dim() == 2 else 0,
+            *((None,) * 4 if bias is None else _broadcast_strides(bias)),
+        )
+        self.window = (options.left, options.right)
+        crowded = options.softcap > 0 or options.left >= 0 or slopes is not None or next_power_of_2(self.D) != self.D
+        self.crowd = " ".join(["bias"] * (bias is not None) + ["crowded"] * crowded)
+        self.log2e = 1.0 if q.dtype == torch.float32 else 1.4426950408889634
+
+    def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
+        """Strides of batch, heads and rows of each."""
+        found: list[int] = []
+        for x in tensors:
+            found += (0, x.stride(1), x.stride(0)) if self.packed else x.stride()[:3]
+        return tuple(found)
+
+    def constexprs(self, kernel: str) -> dict[str, Any]:
+        return {
+            **_config(kernel, self.q, self.crowd),
+            "SCALE": self.options.scale,
+            "SOFTCAP": float(self.options.softcap),
+            "HAS_LEFT": self.options.left >= 0,
+            "HAS_RIGHT": self.options.right >= 0,
+            "HEADS_PER_KV": self.H // self.Hkv if self.Hkv else 1,
+            "HEAD_DIM": self.D,
+            "LOG2E": self.log2e,
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+            "UPCAST": _rounds(self.q),
+        }
+
+
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, options: Options
 ) -> None:
     """Write out and, unless it is None, lse."""
     q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
-    B, H, Sq, D = q.shape
-    Skv = k.shape[2]
-    block_d = max(16, next_power_of_2(D))
-    block_m, block_n, num_warps, num_stages = _config("fwd", q.dtype, D, softcap, left, capability(q.device))
+    call = _Call(q, k, v, options)
+    constexprs = call.constexprs("fwd")
     launch(
         _flash_attn_fwd_kernel,
-        (cdiv(Sq, block_m) * B * H,),
-        *(q, k, v, out, lse),
-        *(Sq, Skv, H, B * H, left, right),
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        **_constexprs(q, k, scale, softcap, left, right, block_d),
+        (cdiv(call.Sq, constexprs["BLOCK_M"]) * call.B * call.H,),
+        *(q, k, v, out, lse, call.slopes, call.bias, call.sinks, *call.cu),
+        *(call.Sq, call.Skv, call.Tq, call.H, call.B * call.H, *call.window),
+        *call.strides(q, k, v, out),
+        *call.term_strides,
+        GROUP=_GROUP,
+        **constexprs,
     )
 
 
@@ -570,97 +951,136 @@ def backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    dq: torch.Tensor | None,
-    dk: torch.Tensor | None,
-    dv: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
+    gradients: Sequence[torch.Tensor | None],
+    options: Options,
 ) -> None:
-    """Write those of dq, dk, dv that are not None."""
+    """Write those of `gradients` (of q, k, v, alibi_slopes, attn_bias, sinks) that are not None."""
+    dq, dk, dv, dalibi, dbias, dsinks = gradients
     dout, q, k, v, out = map(_unit_last_stride, (dout, q, k, v, out))
-    B, H, Sq, D = q.shape
-    Hkv, Skv = k.shape[1], k.shape[2]
-    block_d = max(16, next_power_of_2(D))
-    target = capability(q.device)
-    constexprs = _constexprs(q, k, scale, softcap, left, right, block_d)
-    strides = (*dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    call = _Call(q, k, v, options)
+    B, H, Hkv, Sq, Skv = call.B, call.H, call.Hkv, call.Sq, call.Skv
+    strides = call.strides(dout, q, k, v)
+    exact_rows = q.dtype == torch.float32
 
-    padded = cdiv(Sq, _ROW_PADDING) * _ROW_PADDING
-    rows = q.new_empty((2, B * H, padded), dtype=torch.float32)  # lse in the unit of the scores, delta
+    # One row per query in each plane: lse in the unit of the scores, delta, and for fp32 1 / (sum of P).
+    if call.packed:
+        padded = cdiv(q.shape[0], _ROW_PADDING) * _ROW_PADDING + B * _ROW_PADDING
+        plane = H * padded
+    else:
+        padded = cdiv(Sq, _ROW_PADDING) * _ROW_PADDING
+        plane = B * H * padded
+    rows = q.new_empty((3 if exact_rows else 2, plane), dtype=torch.float32)
+    slope_rows = None if dalibi is None else q.new_empty(plane, dtype=torch.float32)
+    block_d = max(16, next_power_of_2(call.D))
     block_m = 64 if block_d <= 128 else 16
     launch(
         _flash_attn_bwd_rows_kernel,
-        (padded // block_m * B * H,),
-        *(dout, out, lse.contiguous(), rows, Sq, padded, H, B * H),
-        *(*dout.stride()[:3], *out.stride()[:3]),
+        (cdiv(Sq, _ROW_PADDING) * (_ROW_PADDING // block_m) * B * H,),
+        *(dout, out, lse.contiguous(), rows, call.cu[0]),
+        *(Sq, padded, call.Tq, H, plane),
+        *call.strides(dout, out),
         num_warps=4,
-        HEAD_DIM=D,
+        HEAD_DIM=call.D,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
+        LOG2E=call.log2e,
     )
-    block_m, block_n, num_warps, num_stages = _config("dq", q.dtype, D, softcap, left, target)
-    dq_options = {
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        **constexprs,
-    }
-    dq_grid = (cdiv(Sq, block_m) * B * H,)
-    if q.dtype == torch.float32:
+
+    def launch_dq(dq: torch.Tensor | None, slope_rows: torch.Tensor | None) -> None:
+        constexprs = call.constexprs("dq")
         launch(
             _flash_attn_bwd_dq_kernel,
-            dq_grid,
-            *(dout, q, k, v, rows, None),
-            *(Sq, padded, Skv, H, B * H, left, right, *strides, 0, 0, 0),
-            ONLY_DELTA=True,
-            **dq_options,
-        )
-    if dk is not None or dv is not None:
-        block_m, block_n, num_warps, num_stages = _config("dkdv", q.dtype, D, softcap, left, target)
-        launch(
-            _flash_attn_bwd_dkdv_kernel,
-            (cdiv(Skv, block_n) * B * Hkv,),
-            *(dout, q, k, v, rows, dk, dv),
-            *(Sq, padded, Skv, Hkv, B * Hkv, B * H, left, right, *strides),
-            *((0, 0, 0) if dk is None else dk.stride()[:3]),
-            *((0, 0, 0) if dv is None else dv.stride()[:3]),
-            num_warps=num_warps,
-            num_stages=num_stages,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
+            (cdiv(Sq, constexprs["BLOCK_M"]) * B * H,),
+            *(
+                dout,
+                q,
+                k,
+                v,
+                rows,
+                call.slopes,
+                call.bias,
+                call.sinks if exact_rows else None,
+                *call.cu,
+                dq,
+                slope_rows,
+            ),
+            *(Sq, padded, Skv, H, B * H, plane, *call.window),
+            *(*strides, *call.term_strides, *((None,) * 3 if dq is None else call.strides(dq))),
+            GROUP=_GROUP,
+            ONLY_ROWS=dq is None,
             **constexprs,
         )
-    if dq is not None:
+
+    if exact_rows:
+        launch_dq(None, None)
+    if dk is not None or dv is not None:
+        constexprs = call.constexprs("dkdv")
         launch(
-            _flash_attn_bwd_dq_kernel,
-            dq_grid,
-            *(dout, q, k, v, rows, dq),
-            *(Sq, padded, Skv, H, B * H, left, right, *strides, *dq.stride()[:3]),
-            ONLY_DELTA=False,
-            **dq_options,
+            _flash_attn_bwd_dkdv_kernel,
+            (cdiv(Skv, constexprs["BLOCK_N"]) * B * Hkv,),
+            *(dout, q, k, v, rows, call.slopes, call.bias, *call.cu, dk, dv),
+            *(Sq, padded, Skv, Hkv, B * Hkv, plane, *call.window),
+            *(*strides, *call.term_strides),
+            *((None,) * 3 if dk is None else call.strides(dk)),
+            *((None,) * 3 if dv is None else call.strides(dv)),
+            GROUP=_GROUP,
+            **constexprs,
+        )
+    if dq is not None or dalibi is not None:
+        launch_dq(torch.empty_like(q) if dq is None else dq, slope_rows)
+    if dbias is not None:
+        constexprs = call.constexprs("dbias")
+        Bb, Hb, M, N = (1,) * (4 - dbias.dim()) + tuple(dbias.shape)
+        tiles = cdiv(M, constexprs["BLOCK_M"]) * cdiv(N, constexprs["BLOCK_N"])
+        launch(
+            _flash_attn_bwd_dbias_kernel,
+            (tiles * Bb * Hb,),
+            *(dout, q, k, v, rows, call.slopes, call.bias, dbias),
+            *(Sq, padded, Skv, B, H, plane, *call.window),
+            *(*strides, *call.term_strides),
+            ROUND=_rounds(dbias),
+            SUM_B=Bb == 1,
+            SUM_H=Hb == 1,
+            SUM_M=M == 1,
+            SUM_N=N == 1,
+            **constexprs,
+        )
+    for gradient, sinks in ((dalibi, None), (dsinks, call.sinks)):
+        if gradient is None:
+            continue
+        sums = q.new_empty((B, H), dtype=torch.float32)
+        launch(
+            _flash_attn_bwd_heads_kernel,
+            (B * H,),
+            *(rows, slope_rows if sinks is None else None, sinks, call.cu[0], sums, Sq, padded, H, plane),
+            num_warps=4,
+            BLOCK_M=1024,
+            LOG2E=call.log2e,
+            EXACT_ROWS=exact_rows,
+        )
+        per_batch = gradient.dim() == 2
+        columns = B * H if per_batch else H
+        launch(
+            _flash_attn_bwd_batches_kernel,
+            (cdiv(columns, 16),),
+            *(sums, gradient, 1 if per_batch else B, columns),
+            num_warps=4,
+            BLOCK_B=64,
+            BLOCK_H=16,
+            ROUND=_rounds(gradient),
         )
 
 
-def _constexprs(
-    q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float, left: int, right: int, block_d: int
-) -> dict[str, Any]:
-    return {
-        "SCALE": scale,
-        "SOFTCAP": float(softcap),
-        "HAS_LEFT": left >= 0,
-        "HAS_RIGHT": right >= 0,
-        "HEADS_PER_KV": q.shape[1] // k.shape[1] if k.shape[1] else 1,
-        "GROUP": 8,
-        "HEAD_DIM": q.shape[3],
-        "BLOCK_D": block_d,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-        # the interpreter multiplies bf16 as if it were uint16
-        "UPCAST": INTERPRET and q.dtype == torch.bfloat16,
-    }
+def _broadcast_strides(x: torch.Tensor) -> tuple[int, ...]:
+    """Four strides of x, 0 where it has no such dimension or one of size 1."""
+    own = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (0,) * (4 - x.dim()) + tuple(own)
+
+
+def _rounds(x: torch.Tensor) -> bool:
+    """Whether x is what the interpreter neither multiplies (as if it were uint16) nor rounds to."""
+    return INTERPRET and x.dtype == torch.bfloat16
 
 
 def _unit_last_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
