@@ -1,4 +1,4 @@
-"""Notebooks from the lessons: python tools/notebooks.py [FOLDER]. The lessons stay the source; notebooks are never edited.
+"""Notebooks from the lessons and other percent files: python tools/notebooks.py [FOLDER]. Notebooks are never edited.
 
 Needs nothing but Python: a percent file is cut at its `# %%` lines, and a notebook is JSON.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("tutorials/*/lesson_*.py", "tutorials/notebooks/[0-9]*.py")
 
 
 def cells(text: str) -> list[dict[str, Any]]:
@@ -44,7 +45,7 @@ def notebook(text: str) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(ROOT.glob("tutorials/*/lesson_*.py")):
+    for file in sorted(f for pattern in SOURCES for f in ROOT.glob(pattern)):
         target = folder / f"{file.stem}.ipynb"
         target.write_text(json.dumps(notebook(file.read_text(encoding="utf-8")), indent=1) + "\n", encoding="utf-8")
         print(target)
