@@ -153,15 +153,28 @@ def _group_norm_fwd_kernel(
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     channel = (r % G) * C + c
     K = (C * S).to(tl.float32)
-    mean = tl.sum(tl.sum(x, axis=2), axis=1) / K  # (BLOCK_R,)
-    x = tl.where(mask, x - mean[:, None, None], 0.0)
-    error = tl.sum(tl.sum(x, axis=2), axis=1) / K  # what rounding left of the mean
-    variance = tl.sum(tl.sum(x * x, axis=2), axis=1) / K - error * error
-    rstd = 1.0 / tl.sqrt_rn(tl.maximum(variance, 0.0) + EPS)
+    # Half precision: both sums at once, which keeps x packed in registers. If more than six bits cancel (or NaN comes of it),
+    # the group is gone through again, as fp32 always is.
+    HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    if HALF:
+        mean, squares = tl.split(tl.sum(tl.sum(tl.join(x, x * x), axis=2), axis=1))  # each (BLOCK_R,)
+        mean = mean / K
+        variance = squares / K - mean * mean
+        careful = tl.max((mean * mean <= 64.0 * variance).to(tl.int32) ^ 1, axis=0) != 0
+    else:
+        mean = tl.sum(tl.sum(x, axis=2), axis=1) / K  # (BLOCK_R,)
+        variance = mean
+        careful = True
+    if careful:
+        xc = tl.where(mask, x - mean[:, None, None], 0.0)
+        error = tl.sum(tl.sum(xc, axis=2), axis=1) / K  # what rounding left of the mean
+        variance = tl.maximum(tl.sum(tl.sum(xc * xc, axis=2), axis=1) / K - error * error, 0.0)
+        mean += error
+    rstd = 1.0 / tl.sqrt_rn(variance + EPS)
     if STORE_STATISTICS:
-        tl.store(mean_ptr + offs_r, mean + error, mask=offs_r < R)
+        tl.store(mean_ptr + offs_r, mean, mask=offs_r < R)
         tl.store(rstd_ptr + offs_r, rstd, mask=offs_r < R)
-    y = (x - error[:, None, None]) * rstd[:, None, None]
+    y = (x - mean[:, None, None]) * rstd[:, None, None]
     if HAS_WEIGHT:
         y = y * tl.load(weight_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -170,11 +183,10 @@ def _group_norm_fwd_kernel(
 
 
 @triton.jit
-def _tile(C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """This program's tile of a group: r (int64), the tile's number in it, c (BLOCK_C, 1), s (1, BLOCK_S), and s's block."""
+def _tile(pid, C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """A program's tile of a group: r (int64), the tile's number in it, c (BLOCK_C, 1), s (1, BLOCK_S), and s's block."""
     tiles_s = tl.cdiv(S, BLOCK_S)
     tiles = tl.cdiv(C, BLOCK_C) * tiles_s
-    pid = tl.program_id(0)
     tile = pid % tiles
     c = tile // tiles_s * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     s = tile % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
@@ -184,7 +196,7 @@ def _tile(C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
 @triton.jit
 def _group_norm_moments_kernel(x_ptr, moments_ptr, R, C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
     """Mean and sum of squared differences from it of one tile. moments_ptr: (2, R, tiles) fp32."""
-    r, tile, c, s, _ = _tile(C, S, BLOCK_C, BLOCK_S)
+    r, tile, c, s, _ = _tile(tl.program_id(0), C, S, BLOCK_C, BLOCK_S)
     mask = (c < C) & (s < S)
     x = tl.load(x_ptr + (r * C + c) * S + s, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_C, BLOCK_S)
     count = tl.sum(mask.to(tl.float32))
@@ -254,8 +266,8 @@ def _group_norm_apply_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One tile of the result."""
-    r, _, c, s, _ = _tile(C, S, BLOCK_C, BLOCK_S)
+    """One tile of the result; the last first, which the launch before has left in L2."""
+    r, _, c, s, _ = _tile(tl.num_programs(0) - 1 - tl.program_id(0), C, S, BLOCK_C, BLOCK_S)
     mask = (c < C) & (s < S)
     offs = (r * C + c) * S + s  # (BLOCK_C, BLOCK_S)
     channel = (r % G) * C + c
@@ -321,7 +333,7 @@ def _group_norm_sums_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, sums_ptr, R, C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
 ):
     """Each channel's sums over one tile of dy * xhat and dy. sums_ptr: (2, tiles of S, R * C) fp32."""
-    r, _, c, s, tile_s = _tile(C, S, BLOCK_C, BLOCK_S)
+    r, _, c, s, tile_s = _tile(tl.program_id(0), C, S, BLOCK_C, BLOCK_S)
     mask = (c < C) & (s < S)
     offs = (r * C + c) * S + s  # (BLOCK_C, BLOCK_S)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -377,8 +389,8 @@ def _group_norm_dx_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One tile of dx."""
-    r, _, c, s, _ = _tile(C, S, BLOCK_C, BLOCK_S)
+    """One tile of dx; the last first, which the launch before has left in L2."""
+    r, _, c, s, _ = _tile(tl.num_programs(0) - 1 - tl.program_id(0), C, S, BLOCK_C, BLOCK_S)
     mask = (c < C) & (s < S)
     offs = (r * C + c) * S + s  # (BLOCK_C, BLOCK_S)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
