@@ -144,7 +144,7 @@ def focal(x, t, *, alpha=0.25, gamma=2.0):
     p = sg(x)
     p_t = t * p + (1 - t) * (1 - p)
     weight = t * alpha + (1 - t) * (1 - alpha) if alpha >= 0 else 1.0
-    return (-weight * (1 - p_t) ** gamma * torch.log(p_t),)
+    return (-weight * (1 - p_t) ** gamma * (t * torch.log(p) + (1 - t) * torch.log(1 - p)),)
 
 
 def huber(x, y, *, delta=1.0):

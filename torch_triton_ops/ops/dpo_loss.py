@@ -257,7 +257,7 @@ def dpo_match(
     B = delta.numel()
     rank, ordered = delta.new_empty(B, dtype=torch.int32), delta.new_empty(B)
     inputs = (t.contiguous() for t in (policy_chosen, policy_rejected, ref_chosen, ref_rejected))
-    launch(_dpo_rank_kernel, (cdiv(B, 64),), *inputs, rank, ordered, B, BLOCK_B=64)
+    launch(_dpo_rank_kernel, (cdiv(B, 32),), *inputs, rank, ordered, B, BLOCK_B=32)
     launch(_dpo_pick_kernel, (cdiv(B, 256),), rank, ordered, delta, B, BLOCK_B=256)
     return delta
 
