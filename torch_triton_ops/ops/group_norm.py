@@ -26,9 +26,10 @@ dbias   = sum over n and space of dy
 Statistics and arithmetic are in fp32, with one rounding at the store; groups far from zero lose nothing. Deterministic:
 the gradients of weight and bias are summed in a fixed order, without atomics.
 
-A group that fits in registers is read once, by one program. A larger one is divided among programs, which leave their
-moments (in the backward: the sums of each channel) for a second launch to combine and a third to apply; a tensor that is
-larger than L2 is then read twice.
+A group that fits in registers is read once, by one program. Where larger groups are many, a program goes through each
+twice, the second time from L2. Where they are few, each is divided among programs, which leave their moments (in the
+backward: the sums of each channel) for a second launch to combine and a third to apply; what L2 does not hold is then read
+twice from memory.
 
 Bytes: forward 2 * numel * itemsize, backward 3 * numel * itemsize. Raises ValueError for x of less than two dimensions,
 a num_groups that does not divide C, a weight or bias of another shape and a negative eps.
@@ -50,7 +51,7 @@ from torch_triton_ops import norms
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.errors import bad_argument
 from torch_triton_ops.fusion import column_sum_kernel
-from torch_triton_ops.launch import cdiv, launch, next_power_of_2
+from torch_triton_ops.launch import cdiv, launch, next_power_of_2, sm_count
 from torch_triton_ops.norms import other_dtype, statistics_dtype
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -180,6 +181,67 @@ def _group_norm_fwd_kernel(
     if HAS_BIAS:
         y = y + tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _group_norm_fwd_loop_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    G,
+    C,
+    S,
+    EPS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_STATISTICS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One group per program, tile by tile; the second pass finds x in L2."""
+    r = tl.program_id(0).to(tl.int64)
+    tiles_s = tl.cdiv(S, BLOCK_S)
+    tiles = tl.cdiv(C, BLOCK_C) * tiles_s
+    x_ptr += r * C * S
+    y_ptr += r * C * S
+    K = (C * S).to(tl.float32)
+    c = tl.arange(0, BLOCK_C)[:, None]
+    s = tl.arange(0, BLOCK_S)[None, :]
+    # The mean of the first tile is guess enough: were the others far from it, then so would be the variance, and what
+    # cancels below is `tiles` times the result at most.
+    mask = (c < C) & (s < S)
+    x = tl.load(x_ptr + c * S + s, mask=mask, other=0.0).to(tl.float32)
+    guess = tl.sum(x) / (tl.minimum(C, BLOCK_C) * tl.minimum(S, BLOCK_S))
+    acc = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    squares = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    for tile in range(tiles):
+        c = tile // tiles_s * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+        s = tile % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
+        mask = (c < C) & (s < S)
+        x = tl.load(x_ptr + c * S + s, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        x = tl.where(mask, x - guess, 0.0)
+        acc += x
+        squares += x * x
+    error = tl.sum(acc) / K
+    rstd = 1.0 / tl.sqrt_rn(tl.maximum(tl.sum(squares) / K - error * error, 0.0) + EPS)
+    mean = guess + error
+    if STORE_STATISTICS:
+        tl.store(mean_ptr + r, mean)
+        tl.store(rstd_ptr + r, rstd)
+    for tile in range(tiles):
+        c = tile // tiles_s * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+        s = tile % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
+        mask = (c < C) & (s < S)
+        y = (tl.load(x_ptr + c * S + s, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        channel = (r % G) * C + c
+        if HAS_WEIGHT:
+            y = y * tl.load(weight_ptr + channel, mask=c < C, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            y = y + tl.load(bias_ptr + channel, mask=c < C, other=0.0).to(tl.float32)
+        tl.store(y_ptr + c * S + s, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -329,6 +391,70 @@ def _group_norm_bwd_kernel(
 
 
 @triton.jit
+def _group_norm_bwd_loop_kernel(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    sums_ptr,
+    R,
+    G,
+    C,
+    S,
+    HAS_WEIGHT: tl.constexpr,
+    STORE_SUMS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """dx of one group per program, tile by tile, and each channel's sums as `_group_norm_sums_kernel` leaves them; the
+    second pass finds x and dy in L2."""
+    r = tl.program_id(0).to(tl.int64)
+    tiles_s = tl.cdiv(S, BLOCK_S)
+    tiles = tl.cdiv(C, BLOCK_C) * tiles_s
+    x_ptr += r * C * S
+    dy_ptr += r * C * S
+    dx_ptr += r * C * S
+    sums_ptr += r * C
+    channels = tl.cast(R, tl.int64) * C
+    mean = tl.load(mean_ptr + r)
+    rstd = tl.load(rstd_ptr + r)
+    acc_slope = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    acc_mean = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    for tile in range(tiles):
+        tile_s = tile % tiles_s
+        c = tile // tiles_s * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+        s = tile_s * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
+        mask = (c < C) & (s < S)
+        x = tl.load(x_ptr + c * S + s, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        dy = tl.load(dy_ptr + c * S + s, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        along = dy * ((x - mean) * rstd)
+        if STORE_SUMS:
+            tl.store(sums_ptr + tile_s * channels + c, tl.sum(along, axis=1, keep_dims=True), mask=c < C)
+            tl.store(sums_ptr + (tiles_s + tile_s) * channels + c, tl.sum(dy, axis=1, keep_dims=True), mask=c < C)
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + (r % G) * C + c, mask=c < C, other=0.0).to(tl.float32)
+            along = along * weight
+            dy = dy * weight
+        acc_slope += along
+        acc_mean += dy
+    K = (C * S).to(tl.float32)
+    slope = tl.sum(acc_slope) / K
+    mean_h = tl.sum(acc_mean) / K
+    for tile in range(tiles):
+        c = tile // tiles_s * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+        s = tile % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
+        mask = (c < C) & (s < S)
+        xhat = (tl.load(x_ptr + c * S + s, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        h = tl.load(dy_ptr + c * S + s, mask=mask, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            h = h * tl.load(weight_ptr + (r % G) * C + c, mask=c < C, other=0.0).to(tl.float32)
+        dx = rstd * (h - mean_h - xhat * slope)
+        tl.store(dx_ptr + c * S + s, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _group_norm_sums_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, sums_ptr, R, C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
 ):
@@ -418,6 +544,10 @@ def _whole_groups(channels: int, space: int, largest: int, per_warp: int) -> dic
     return {"BLOCK_R": block_r, "BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": warps}
 
 
+# Groups for each SM from which on one program takes a whole group, however large.
+_LOOP = 2
+
+
 def _tiles(channels: int, space: int, elements: int) -> dict[str, int]:
     """A tile of at most so many elements of one group, as wide in space as can be."""
     block_s = min(next_power_of_2(space), elements)
@@ -479,6 +609,27 @@ def _launch_fwd(
             **whole,
         )
         return
+    if _LOOP * sm_count(x.device) <= R:
+        tile = _tiles(C, S, elements=8192)
+        store = {"STORE_STATISTICS": rstd is not None}
+        sizes = (num_groups, C, S)
+        launch(
+            _group_norm_fwd_loop_kernel,
+            (R,),
+            x,
+            weight,
+            bias,
+            y,
+            mean,
+            rstd,
+            *sizes,
+            EPS=eps,
+            **store,
+            **has,
+            **tile,
+            num_warps=8,
+        )
+        return
     if mean is None or rstd is None:
         mean, rstd = (x.new_empty((R,), dtype=torch.float32) for _ in range(2))
     tile = _tiles(C, S, elements=4096)
@@ -506,7 +657,8 @@ def group_norm_bwd(
     has_weight = weight is not None
     R, C, S = _sizes(x, num_groups)
     whole = _whole_groups(C, S, largest=8192, per_warp=512) if needs[0] else None
-    tile = _tiles(C, S, elements=2048)
+    loop = needs[0] and _LOOP * sm_count(x.device) <= R
+    tile = _tiles(C, S, elements=4096 if loop else 2048)
     tiles_s = 1 if whole is not None else cdiv(S, tile["BLOCK_S"])
     sums = x.new_empty((2, tiles_s, R * C), dtype=torch.float32)
     if whole is not None:
@@ -527,6 +679,26 @@ def group_norm_bwd(
             HAS_WEIGHT=has_weight,
             STORE_SUMS=needs[1] or needs[2],
             **whole,
+        )
+    elif loop:
+        launch(
+            _group_norm_bwd_loop_kernel,
+            (R,),
+            dy,
+            x,
+            weight,
+            mean,
+            rstd,
+            dx,
+            sums,
+            R,
+            num_groups,
+            C,
+            S,
+            HAS_WEIGHT=has_weight,
+            STORE_SUMS=needs[1] or needs[2],
+            **tile,
+            num_warps=8,
         )
     else:
         grid = (R * cdiv(C, tile["BLOCK_C"]) * tiles_s,)
@@ -664,7 +836,14 @@ def group_norm_samples(device: torch.device | str, dtype: torch.dtype) -> Iterat
     yield Sample("1x4x1_G2", (t(1, 4, 1), 2))
     yield Sample("empty", (t(0, 4, 3), 2, t(4), t(4)))
     yield Sample("long_channels", (t(2, 3, 5000) + 10, 1, t(3), t(3)))
+    yield Sample("many_groups", (t(2, 4, 16400), 4, t(4), t(4)))
     yield Sample("many_channels", (t(1, 600, 17), 1, t(600), t(600)))
+
+
+def group_norm_gpu_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    # groups enough for a program each
+    x, weight, bias = (torch.randn(*s, device=device, dtype=dtype) for s in ((9, 192, 3000), (192,), (192,)))
+    yield Sample("288_groups", (x + 5, 32, weight, bias))
 
 
 def group_norm_error_samples(device: torch.device | str) -> Iterator[ErrorSample]:
