@@ -18,19 +18,22 @@ Index = tuple[Any, ...]
 class InputSet:
     """One call's inputs. `leaves` are the inputs that want a gradient, `upstream` the gradient of each floating output.
 
-    `arguments` is in the schema's order; the first `positional` of them are passed by position, as a user would.
+    `arguments` is in the schema's order; the first `positional` of them are passed by position, as a user would. `mutated`
+    names those that the op writes to: its outputs, where it returns nothing.
     """
 
     arguments: dict[str, Any]
     positional: int
     leaves: dict[str, torch.Tensor] = field(default_factory=dict)
     upstream: list[torch.Tensor | None] = field(default_factory=list)
+    mutated: tuple[str, ...] = ()
 
     def call(self, function: Function) -> list[torch.Tensor]:
         """The function's outputs as a list."""
         values = list(self.arguments.values())[: self.positional]
         named = dict(list(self.arguments.items())[self.positional :])
-        return flatten(function(*values, **named))
+        outputs = function(*values, **named)
+        return [self.arguments[n] for n in self.mutated] if outputs is None else flatten(outputs)
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for t in (*self.arguments.values(), *self.upstream) if isinstance(t, torch.Tensor)]
@@ -39,7 +42,7 @@ class InputSet:
         """The same values in other memory."""
         arguments = {n: _clone(v) if isinstance(v, torch.Tensor) else v for n, v in self.arguments.items()}
         upstream = [None if g is None else _clone(g) for g in self.upstream]
-        return InputSet(arguments, self.positional, {n: arguments[n] for n in self.leaves}, upstream)
+        return InputSet(arguments, self.positional, {n: arguments[n] for n in self.leaves}, upstream, self.mutated)
 
     def copy_(self, other: InputSet) -> None:
         """Take the values of `other`."""
@@ -116,11 +119,12 @@ def reference_values(op: str, reference: Function, inputs: InputSet, dtype: torc
         arguments = {
             n: cast(v[indices.get(n, ())]) if isinstance(v, torch.Tensor) else v for n, v in inputs.arguments.items()
         }
+        arguments |= {n: arguments[n].clone() for n in inputs.mutated}
         leaves = {n: arguments[n].requires_grad_() for n in inputs.leaves}
         upstream = [
             None if g is None else cast(g if outputs is None else g[outputs[i]]) for i, g in enumerate(inputs.upstream)
         ]
-        return InputSet(arguments, inputs.positional, leaves, upstream)
+        return InputSet(arguments, inputs.positional, leaves, upstream, inputs.mutated)
 
     if not _sliceable(op, inputs):
         return [t.detach() for t in forward_backward(reference, part({}, None))]

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,17 @@ def make_set(spec: Any, case: Any, pass_name: str, index: int, device: str) -> I
     names = [argument.name for argument in spec.arguments]
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     if pass_name == "fwd":
-        return InputSet(arguments, len(args))
+        return InputSet(arguments, len(args), mutated=_mutated(spec))
     outputs = spec.function("fake")(*args, **kwargs)
     leaves = {}
     for name in spec.differentiable:
         if isinstance(arguments.get(name), torch.Tensor):
             arguments[name] = leaves[name] = arguments[name].detach().requires_grad_()
     return InputSet(arguments, len(args), leaves, [_upstream(out) for out in flatten(outputs)])
+
+
+def _mutated(spec: Any) -> tuple[str, ...]:
+    return tuple(a.name for a in spec.arguments if getattr(a, "mutated", False))
 
 
 def _upstream(out: torch.Tensor) -> torch.Tensor | None:
@@ -271,7 +275,8 @@ def bench_pass(
 ) -> list[Row]:
     """Measure every impl on one (op, case, pass), interleaved, check every output afterwards, and return the rows."""
     base = {"op": spec.name, "case": case.id, "dtype": str(case.dtype).removeprefix("torch."), "pass": pass_name}
-    contenders = [Contender(impl, {**base, "impl": impl.name, "measured": stamp}, []) for impl in found.impls]
+    impls = [replace(impl, in_place=peers.PASSES) for impl in found.impls] if _mutated(spec) else found.impls
+    contenders = [Contender(impl, {**base, "impl": impl.name, "measured": stamp}, []) for impl in impls]
     torch._dynamo.reset()  # every case compiles for its own shapes, and no case is the ninth shape of one function
     first = make_set(spec, case, pass_name, 0, device)
     cost = spec.function("cost")(**first.arguments)

@@ -25,9 +25,9 @@ def check(args, options):
     found = torch.ops.tt.paged_decode_attn(*args, **options)
     assert torch.allclose(found, decode.paged_decode_attn_reference(*args, **options), rtol=1e-5, atol=1e-5)
 
-# Splits of a tile each, more than the second kernel takes in one step, and a sequence of none.
+# Splits of a tile each: so many that several programs merge a row; fewer; a sequence of none.
 decode._MIN_KEYS, decode._TILE_BYTES, decode._PROGRAMS_PER_SM = 16, 1, 200
-check(decode._call("cpu", torch.float32, [16 * 33 + 3, 0], (1, 1), 16, 16), {})
+check(decode._call("cpu", torch.float32, [16 * 33 + 3, 0], (1, 1), 48, 16), {})
 check(decode._call("cpu", torch.float32, [103, 16], (2, 1), 16, 16), {"window_left": 50, "softcap": 3.0})
 
 # What lies past a length is never read, nor are the table's entries there.
@@ -78,7 +78,13 @@ def call(B: int, pages: int, heads: tuple[int, int] = (32, 8), page: int = 64) -
 
 @pytest.mark.parametrize(
     ("B", "pages", "splits"),
-    [(1, 1024, range(16, 129)), (1, 4, range(1, 2)), (256, 64, range(1, 2)), (4, 64, range(4, 17))],
+    [
+        (1, 1024, range(16, 129)),
+        (1, 4, range(1, 2)),
+        (4, 64, range(4, 17)),
+        (256, 64, range(1, 2)),
+        (64, 2048, range(8, 9)),  # heads enough, but one sequence may be long
+    ],
 )
 def test_splits_fill_the_gpu(B: int, pages: int, splits: range) -> None:
     """By the table's room alone: the lengths of meta tensors cannot be read."""

@@ -660,7 +660,7 @@ def paged_decode_attn_samples(device: torch.device | str, dtype: torch.dtype) ->
     yield sample("tokens_window_softcap", [2, 45], (3, 1), 24, 17, tokens=4, options=odd)
     if dtype == torch.float8_e4m3fn:
         return
-    yield sample("splits", [600, 1, 0, 130], (2, 1), 16, 16)
+    yield sample("splits", [600, 1, 0, 130, 15, 16, 17, 2, 33], (2, 1), 16, 16)
     if dtype == torch.float16:  # half precision's other points are bfloat16's
         return
     odd = {"window_left": 500, "softcap": 4.0, "scale": -0.1}
