@@ -288,7 +288,11 @@ def _scales(device: torch.device | str, heads: int) -> dict[str, torch.Tensor]:
 def kv_cache_write_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     fp8 = dtype in MANTISSA
     H = 3
-    yield Sample("H3_D24", _call(device, dtype, [17, -1, 3, 31, 0, 9, 8, -7, 22], 2, 16, H, 24), _scales(device, H) if fp8 else {})
+    yield Sample(
+        "H3_D24",
+        _call(device, dtype, [17, -1, 3, 31, 0, 9, 8, -7, 22], 2, 16, H, 24),
+        _scales(device, H) if fp8 else {},
+    )
     if fp8:
         return
     yield Sample("one", _call(device, dtype, [1], 1, 5, 1, 1))
