@@ -624,7 +624,7 @@ def forward(
         rstd,
     )
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
-    options = {
+    options: dict[str, Any] = {
         "EPS": eps,
         "WEIGHT_OFFSET": weight_offset,
         "CENTRED": centred,
@@ -667,7 +667,7 @@ def backward(
     if dx is not None or dresidual is not None:
         tensors = (dy, dsum, s, None if weight is None else weight.contiguous(), mean, rstd, dx, dresidual)
         strides = (dy.stride(0), 0 if dsum is None else dsum.stride(0), s.stride(0))
-        options = {
+        options: dict[str, Any] = {
             "WEIGHT_OFFSET": weight_offset,
             "HAS_DSUM": dsum is not None,
             "HAS_WEIGHT": weight is not None,

@@ -64,9 +64,9 @@ def _sizes(x: torch.Tensor, num_groups: int) -> tuple[int, int, int]:
     return x.shape[0] * num_groups, x.shape[1] // num_groups, math.prod(x.shape[2:])
 
 
-def _by_channel(vector: torch.Tensor | None, x: torch.Tensor, num_groups: int) -> torch.Tensor | None:
+def _by_channel(vector: torch.Tensor, x: torch.Tensor, num_groups: int) -> torch.Tensor:
     """(C,) as (num_groups, C / num_groups, 1), to meet (N, num_groups, C / num_groups, S)."""
-    return None if vector is None else vector.to(statistics_dtype(x)).reshape(num_groups, x.shape[1] // num_groups, 1)
+    return vector.to(statistics_dtype(x)).reshape(num_groups, x.shape[1] // num_groups, 1)
 
 
 def group_norm_reference(
