@@ -153,7 +153,7 @@ def _group_norm_fwd_kernel(
     offs = (r * C + c) * S + s  # (BLOCK_R, BLOCK_C, BLOCK_S)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     channel = (r % G) * C + c
-    K = (C * S).to(tl.float32)
+    K = tl.cast(C, tl.float32) * S
     # Half precision: both sums at once, which keeps x packed in registers. If more than six bits cancel (or NaN comes of it),
     # the group is gone through again, as fp32 always is.
     HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
@@ -207,7 +207,7 @@ def _group_norm_fwd_loop_kernel(
     tiles = tl.cdiv(C, BLOCK_C) * tiles_s
     x_ptr += r * C * S
     y_ptr += r * C * S
-    K = (C * S).to(tl.float32)
+    K = tl.cast(C, tl.float32) * S
     c = tl.arange(0, BLOCK_C)[:, None]
     s = tl.arange(0, BLOCK_S)[None, :]
     # The mean of the first tile is guess enough: were the others far from it, then so would be the variance, and what
@@ -289,7 +289,7 @@ def _group_norm_combine_kernel(
     tiles_s = tl.cdiv(S, BLOCK_S)
     tiles = tl.cdiv(C, BLOCK_C) * tiles_s
     moments_ptr += r * tiles
-    K = (C * S).to(tl.float32)
+    K = tl.cast(C, tl.float32) * S
     acc = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, tiles, BLOCK_T):
         tile = start + tl.arange(0, BLOCK_T)
@@ -383,7 +383,7 @@ def _group_norm_bwd_kernel(
         along = along * weight
         total = total * weight
         dy = dy * weight
-    K = (C * S).to(tl.float32)
+    K = tl.cast(C, tl.float32) * S
     slope = tl.sum(along, axis=1, keep_dims=True) / K  # (BLOCK_R, 1, 1)
     mean = tl.sum(total, axis=1, keep_dims=True) / K
     dx = rstd * (dy - mean - xhat * slope)
@@ -439,7 +439,7 @@ def _group_norm_bwd_loop_kernel(
             dy = dy * weight
         acc_slope += along
         acc_mean += dy
-    K = (C * S).to(tl.float32)
+    K = tl.cast(C, tl.float32) * S
     slope = tl.sum(acc_slope) / K
     mean_h = tl.sum(acc_mean) / K
     for tile in range(tiles):
@@ -493,7 +493,7 @@ def _group_norm_slopes_kernel(
             total = total * weight
         acc_slope += along
         acc_mean += total
-    K = (C * S).to(tl.float32)
+    K = tl.cast(C, tl.float32) * S
     tl.store(slopes_ptr + r, tl.sum(acc_slope) / K)
     tl.store(slopes_ptr + R + r, tl.sum(acc_mean) / K)
 
