@@ -333,7 +333,7 @@ def _kernel_source(
         f"    total {'' if row_wise else '+'}= {add}",
     ]
     if not row_wise:
-        parts += ["    total = tl.zeros((BLOCK_N,), tl.float32)", "    for tile in tl.static_range(TILES):"]
+        parts += ["    total = tl.zeros((BLOCK_N,), tl.float32)", "    for tile in range(TILES):"]
     parts += [("    " if row_wise else "        ") + line for line in body]
     parts += [
         '    if REDUCTION != "none":',

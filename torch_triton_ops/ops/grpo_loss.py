@@ -48,7 +48,7 @@ import triton.language as tl
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.errors import bad_argument
 from torch_triton_ops.launch import launch, next_power_of_2
-from torch_triton_ops.losses import arithmetic_dtype, load
+from torch_triton_ops.losses import arithmetic_dtype, expm1, load
 
 LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo", "gspo")
 _BY_TOKENS = ("bnpo", "dapo")
@@ -163,15 +163,9 @@ def grpo_loss_bwd_reference(
 @triton.jit
 def _kl_token(d):
     """exp(d) - 1 - d; near 0, where that cancels, its series."""
-    series = d * d * (0.5 + d * (1.0 / 6 + d * (1.0 / 24 + d * (1.0 / 120 + d * (1.0 / 720)))))
-    return tl.where(tl.abs(d) < 0.25, series, tl.exp(d) - 1.0 - d)
-
-
-@triton.jit
-def _kl_slope(d):
-    """1 - exp(d), the derivative of `_kl_token` by -d."""
-    series = d * (1.0 + d * (0.5 + d * (1.0 / 6 + d * (1.0 / 24 + d * (1.0 / 120 + d * (1.0 / 720))))))
-    return -tl.where(tl.abs(d) < 0.25, series, tl.exp(d) - 1.0)
+    series = 1.0 / 120 + d * (1.0 / 720 + d * (1.0 / 5040 + d * (1.0 / 40320)))
+    series = d * d * (0.5 + d * (1.0 / 6 + d * (1.0 / 24 + d * series)))
+    return tl.where(tl.abs(d) < 0.5, series, expm1(d) - d)
 
 
 @triton.jit
@@ -328,7 +322,7 @@ def _grpo_loss_bwd_kernel(
         clipped = tl.minimum(tl.maximum(ratio, 1.0 - CLIP_LOW), 1.0 + CLIP_HIGH) * A
         slope = tl.where(clipped < ratio * A, 0.0, -ratio * A)
         if HAS_REF:
-            slope += BETA * _kl_slope(load(ref_ptr, first + offs, counts) - logprob)
+            slope -= BETA * expm1(load(ref_ptr, first + offs, counts) - logprob)
         slope = tl.where(counts, slope * weight, 0.0)
         tl.store(dlogprob_ptr + first + offs, slope.to(dlogprob_ptr.dtype.element_ty), mask=offs < T)
 

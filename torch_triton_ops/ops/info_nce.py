@@ -317,6 +317,8 @@ def info_nce_loss_bwd(
     (M, D), N = query.shape, key.shape[0]
     block, out, config = _config(query)
     out = min(out, max(16, next_power_of_2(D)))
+    if out == 128:
+        config["num_warps"] = 8  # a gradient's tile beside the scores'
     for needed, a, b, da, A, B in ((needs[0], query, key, dquery, M, N), (needs[1], key, query, dkey, N, M)):
         if needed:
             launch(
