@@ -314,6 +314,66 @@ def test_a_measuring_run(lesson: Lesson, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "10.0 us" in capsys.readouterr().out
 
 
+def test_a_figure_that_cannot_be_true_is_refused(lesson: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that does nothing, or whose bytes come from a cache, does not become a speed."""
+    from triton_tutorial.bench import timing
+
+    monkeypatch.setattr(timing, "make_timer", lambda prepare, budget: (FakeTimer(prepare, budget), None))
+    monkeypatch.setattr(timing, "rotation_target", lambda: 1000)
+    monkeypatch.setattr(timing, "free_bytes", lambda: 10**6)
+    lesson.timing = True
+    lesson.header |= {"gpu": "Some GPU", "copy_tbps": 4.0, "matmul_tflops": 700.0}
+
+    def calls() -> Any:
+        return lambda: torch.ones(8)
+
+    lesson.measure("t", "true", calls, 47_000_000)  # in 10 us: 4.7 TB/s
+    lesson.measure("t", "false", calls, 49_000_000)
+    lesson.measure("t", "cached", calls, 80_000_000, cached=True)
+    lesson.measure("t", "flops", calls, 1000, 9_000_000_000)
+    monkeypatch.setattr(FakeTimer, "measure", lambda self: 4e-6)
+    lesson.measure("t", "nothing", calls)
+    rows = {row["name"]: row for row in lesson.rows}
+    assert rows["true"]["fraction"] == 1.175
+    assert rows["cached"]["tbps"] == 8.0
+    assert rows["cached"]["cached"]
+    assert "fraction" not in rows["cached"]
+    assert [name for name, row in rows.items() if "error" in row] == ["false", "flops", "nothing"]
+    assert all("us" not in rows[name] for name in ("false", "flops", "nothing"))
+    assert "4.90 TB/s" in lesson.failures[0]
+    assert "measured limit" in lesson.failures[0]
+    assert "900 TFLOP/s" in lesson.failures[1]
+    assert "nothing was run" in lesson.failures[2]
+    assert len(lesson.failures) == 3
+    # a rung and a baseline take the same way
+    p = problem(lesson)
+    p.timed = {"100": (100,)}
+    p.baseline("torch")
+    assert "nothing was run" in lesson.failures[3]
+    assert lesson.figure("add", "torch", "us").value is None
+
+
+RECORDS = sorted((ROOT / "tutorials" / "results").glob("*/lesson_*.json"))
+
+
+@pytest.mark.parametrize("file", RECORDS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_recorded_figures_can_be_true(file: Path) -> None:
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert record["failures"] == []
+    assert {"gpu", "torch", "triton", "date", "copy_tbps", "matmul_tflops"} <= record["header"].keys()
+    for row in record["rows"]:
+        assert "error" not in row, row
+        assert "us" not in row or framework._doubt(row) == "", row
+        assert row.get("correct", True), row
+
+
+def test_figures_compute_and_may_be_missing() -> None:
+    two, none = Figure(2.0), Figure(None)
+    assert f"{100 * (two / 4 - 0.25):.0f} {1 - two:.0f} {two - two:.0f}" == "25 -1 0"
+    for missing in (none / two, two / none, 3 / none, none * 2, two - none, none - two, 1 - none):
+        assert f"{missing:.2f}" == "(not recorded yet)"
+
+
 def test_lessons_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     mine = framework._Turn(str(tmp_path / "lock"))
@@ -329,6 +389,23 @@ def test_lessons_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with framework._Turn("").left():
         pass
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--json", "{file}/x/r.json"], "--json: cannot write to"),
+        (["--json", "{folder}"], "is a folder; give a file"),
+        (["--plot", "{file}"], "--plot: cannot write to"),
+        (["--device", "tpu"], "invalid choice"),
+    ],
+)
+def test_options_are_refused_before_the_lesson_runs(options: list[str], said: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as status:
+        Lesson(1, [o.format(file=tmp_path / "file", folder=tmp_path) for o in options])
+    assert status.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_record(tmp_path: Path) -> None:
@@ -360,5 +437,12 @@ def test_bars_and_lines_of_no_colour_left(tmp_path: Path) -> None:
     header = {"gpu": "Some GPU", "torch": "2", "triton": "3", "date": "2026-01-02"}
     series = {f"s{i}": [("a", 1.0 + i), ("b", 2.0 + i)] for i in range(12)}
     charts.lines(series, header, "many", tmp_path / "many.png", baselines=["s0", "s1"])
+    charts.lines({"wide": [("2^4", 0.001), ("2^9", 4.0)]}, header, "log", tmp_path / "log.png", limit=4.2)
     charts.bars([{"name": "one", "us": 1.0}], header, "one", tmp_path / "one.png", measure="us")
-    assert len(list(tmp_path.glob("*.png"))) == 2
+    rows = [
+        {"name": n, "tbps": 1.0, "fraction": 0.002, "baseline": n == "torch"} for n in ("torch", "torch.ops.tt.x", "y")
+    ]
+    charts.panels({"8x8": rows, "1x64": rows[1:]}, header, "panels", tmp_path / "panels.png", limit=4.0)
+    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert charts._places(["2^4", "2^9"]) == [4, 9]
+    assert charts._places(["2^4", "x"]) == [0, 1]

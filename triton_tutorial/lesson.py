@@ -42,6 +42,8 @@ from triton_tutorial import catalog, interpreted, pictures
 Row = dict[str, Any]
 
 MAX_CHANGED = 15  # lines a rung
+MAX_FRACTION = 1.2  # of the measured limit: what is faster did not do the work, or did not go to memory
+MIN_US = 0.2  # a launch takes longer than that: what is faster launched nothing
 RECORD = "h200"  # the folder of records shown where nothing can be measured
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float64: 2.0**-52}
 
@@ -73,6 +75,13 @@ class Figure:
         return Figure(None if self.value is None else self.value * factor)
 
     __rmul__ = __mul__
+
+    def __sub__(self, other: Figure | float) -> Figure:
+        less = other.value if isinstance(other, Figure) else other
+        return Figure(None if self.value is None or less is None else self.value - less)
+
+    def __rsub__(self, other: float) -> Figure:
+        return Figure(None if self.value is None else other - self.value)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -264,21 +273,24 @@ class Lesson:
         flops: int = 0,
         case: str = "",
         baseline: bool = False,
+        cached: bool = False,
         **more: Any,
     ) -> None:
         """Time something that is no rung, on CUDA only. `calls()` makes fresh inputs and returns a closure over them.
 
-        It returns its output tensors. bytes, flops: of one call. more: further columns of the row.
+        It returns its output tensors. bytes, flops: of one call. cached: its bytes are meant to come from a cache, so they
+        have no fraction of the memory's limit. more: further columns of the row.
         """
         self._tell()
         if self.timing:
             row = {"table": table, "name": name, "case": case, **({"baseline": True} if baseline else {}), **more}
+            row |= {"cached": True} if cached else {}
             try:
-                self.rows.append(row | self._time(calls, bytes, flops))
+                self.rows.append(row | self._time(calls, bytes, flops, cached))
             except Exception as error:
                 self._fail(f"{table}: {name}: {_one_line(error)}", row | {"error": _one_line(error)})
 
-    def _time(self, calls: Callable[[], Callable[[], Any]], nbytes: int, flops: int) -> Row:
+    def _time(self, calls: Callable[[], Callable[[], Any]], nbytes: int, flops: int, cached: bool = False) -> Row:
         from triton_tutorial.bench import timing
 
         sets = timing.rotation_count(nbytes, timing.rotation_target(), timing.free_bytes()) if nbytes else 2
@@ -296,6 +308,10 @@ class Lesson:
             row |= {"method": timer.method} | ({"why": reason} if reason else {})
         timer.release()
         torch.cuda.empty_cache()  # what is cached is not free: the next timer would rotate through fewer inputs
+        if cached:
+            row.pop("fraction", None)
+        if doubt := _doubt(row):
+            raise LessonError(doubt)
         return row
 
     def table(
@@ -320,6 +336,10 @@ class Lesson:
         heads = ["", *(["size"] if len({r["case"] for r in rows}) > 1 else []), *(_HEADS.get(c, c) for c in columns)]
         body = [[r["name"], *([r["case"]] if "size" in heads else []), *(_cell(r, c) for c in columns)] for r in rows]
         self._out.table(title or table, heads, body)
+        if "fraction" in columns and any(r.get("fraction", 0) > 1 and "tflops" not in r for r in rows):
+            self._out.note(
+                "Above 100 %: the limit is a copy's, half of whose bytes are writes; reads alone are faster."
+            )
         if not self.timing:
             self._out.note(f"Recorded on {self._machine(found[1])}.")
 
@@ -336,7 +356,8 @@ class Lesson:
     ) -> None:
         """With --plot, draw the rows of `table` as lesson_NN_<name or table>.png.
 
-        kind: "bars" (the rows at `case`, or at the last one) or "lines" (a line for each name over the cases).
+        kind: "bars" (the rows at `case`, or at the last one), "lines" (a line for each name over the cases) or "panels" (bars
+        for each case, for cases that are no series).
         """
         from triton_tutorial import charts
 
@@ -349,18 +370,23 @@ class Lesson:
         if not rows or path is None:
             return
         bound = {"tbps": "copy_tbps", "tflops": "matmul_tflops"}.get(measure) if limit else None
+        line = found[1].get(bound) if bound else None
         try:
             with self.turn.left():
                 if kind == "lines":
                     series: dict[str, list[tuple[str, float]]] = {}
                     for row in rows:
                         series.setdefault(row["name"], []).append((row["case"], row[measure]))
-                    grey = list(dict.fromkeys(r["name"] for r in rows if r.get("baseline")))
-                    charts.lines(series, found[1], title, path, measure, xlabel, grey)
+                    theirs = [r for r in rows if r.get("baseline") and not charts.shipped(r["name"])]
+                    grey = list(dict.fromkeys(r["name"] for r in theirs))
+                    charts.lines(series, found[1], title, path, measure, xlabel, grey, line)
+                elif kind == "panels":
+                    groups = {c: [r for r in rows if r["case"] == c] for c in dict.fromkeys(r["case"] for r in rows)}
+                    charts.panels(groups, found[1], title, path, measure, line)
                 else:
                     wanted = case if case is not None else rows[-1]["case"]
                     rows = [r for r in rows if r["case"] == wanted]
-                    charts.bars(rows, found[1], title, path, measure, found[1].get(bound) if bound else None)
+                    charts.bars(rows, found[1], title, path, measure, line)
         except ImportError as error:
             self._out.note(f"{path.name} is not drawn ({error}): pip install 'torch-triton-ops[tutorials]'")
             return
@@ -693,8 +719,11 @@ class Problem:
             except Exception as error:
                 lesson._fail(f"{self.name}: {name}, {label}: {_one_line(error)}", row | {"error": _one_line(error)})
 
-    def ladder(self, title: str = "", measure: str = "") -> None:
-        """The table of all rungs and baselines at the last timed case, and its figures (one over all cases, if several)."""
+    def ladder(self, title: str = "", measure: str = "", sizes: str = "lines", xlabel: str = "size") -> None:
+        """The table of all rungs and baselines at the last timed case, and its figures (one over all cases, if several).
+
+        sizes: how that one is drawn, "lines" or "panels". xlabel: what the sizes are.
+        """
         lesson = self.lesson
         lesson._tell()
         if lesson.quiet:
@@ -716,7 +745,7 @@ class Problem:
         measure = measure or ("tflops" if "tflops" in sample else "tbps")
         lesson.chart(self.name, f"{title}, {last}", measure=measure, case=last)
         if len(self.timed) > 1:
-            lesson.chart(self.name, title, f"{self.name}_sizes", measure, "lines", xlabel="size")
+            lesson.chart(self.name, title, f"{self.name}_sizes", measure, sizes, xlabel=xlabel)
 
     # -- picture, bug ---------------------------------------------------------------------------------------------------
 
@@ -956,10 +985,20 @@ def _arguments(info: catalog.Lesson, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--plot", metavar="DIR", help="write the lesson's figures to DIR")
     parser.add_argument("--json", metavar="FILE", help="write what was found to FILE")
     parser.add_argument("--check-only", action="store_true", help="only the checks: no prose, no timing, no figures")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random inputs (default: 0)")
     options = parser.parse_args(argv)
     if options.bench and _device(options.device).type != "cuda":
         parser.error("--bench needs a CUDA GPU; without it the lesson shows recorded speeds")
+    folders = {"--plot": options.plot, "--json": options.json and str(Path(options.json).parent)}
+    for option, folder in folders.items():  # now, not when everything has been measured
+        try:
+            if folder:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            parser.error(f"{option}: cannot write to {folder}: {error.strerror}")
+    if options.json and Path(options.json).is_dir():
+        parser.error(f"--json: {options.json} is a folder; give a file")
     return options
 
 
@@ -1014,6 +1053,19 @@ def _rate(ms: float, nbytes: int, flops: int, copy_tbps: float, matmul_tflops: f
     if nbytes or flops:
         row["fraction"] = round(max(memory_ms, compute_ms) / ms, 4)
     return row
+
+
+def _doubt(row: Row) -> str:
+    """Why a measured row cannot be true, or ""."""
+    if row["us"] < MIN_US:
+        return f"{row['us']:.3f} us is less than a launch takes: nothing was run"
+    if row.get("fraction", 0) > MAX_FRACTION:
+        rate = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row['tbps']:.2f} TB/s"
+        return (
+            f"{rate} in {row['us']:.1f} us is {row['fraction']:.2f} of the measured limit; either the work was not done, or"
+            " bytes and flops are counted wrongly, or a cache served it (then say cached=True)"
+        )
+    return ""
 
 
 _HEADS = {

@@ -257,6 +257,8 @@ def _paint(
         grid = {"nrows": len(panels), "ncols": 1, "height_ratios": [p.rows for p in panels]}
     ratios = {k: grid.pop(k) for k in ("width_ratios", "height_ratios") if k in grid}
     handles = _legend(values, colour, trace, view, Patch)
+    if view == "program" and any("*" in _key_name(key, trace, view) for key in values):
+        handles.append(Patch(facecolor="none", edgecolor="none", label="*: every id"))
     if any(p.off for p in panels):
         handles.append(Patch(facecolor="white", edgecolor=charts.MUTED, hatch="////", label="lane masked off"))
     if any(p.wrong for p in panels):
@@ -355,7 +357,7 @@ def _label_region(ax: Any, panel: _Panel, key: Any, text: str, cell: float, colo
     size = min(10.0, 0.72 * high, wide / (0.62 * len(text)))
     if size >= 5:
         red, green, blue = to_rgb(colour)
-        ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.62 else "#1f2933"
+        ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.58 else "#1f2933"
         box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0}  # no grid line through a letter
         middle = ((left + right) / 2, (top + bottom) / 2)
         ax.text(*middle, text, ha="center", va="center", fontsize=size, color=ink, bbox=box)
@@ -369,7 +371,10 @@ def _key_name(key: tuple[Any, ...], trace: LaunchTrace, view: str) -> str:
     # (0, 0), (0, 1), (0, 2) -> (0, *)
     ids = [tuple(p[: len(trace.grid)]) for p in key]
     parts = [str(column[0]) if len(set(column)) == 1 else "*" for column in zip(*ids, strict=True)]
-    return f"({', '.join(parts)})" if len(parts) > 1 else f"{len(key)} programs"
+    if len(parts) > 1:
+        return f"({', '.join(parts)})"
+    names = [str(i) for (i,) in ids]
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) <= 4 else f"{len(names)} programs"
 
 
 def _colours(values: Sequence[Any], view: str) -> Callable[[Any], Any]:

@@ -15,10 +15,12 @@
 # # Lesson 4. Matrix operations
 #
 # At the end of this lesson you have taken a matrix product from a direct transcription of its formula to a kernel that
-# keeps the tensor cores of an H200 as busy as NVIDIA's own library does, in seven steps, and you know what each step
-# was for. Then the same for batches and transposed operands, and what changes when there are only a few rows.
+# keeps the tensor cores of an H200 as busy as NVIDIA's own library does on large matrices, in seven steps, and you know
+# what each step was for. Then the same for batches and transposed operands, and what changes when there are only a few rows.
 
 # %%
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -30,10 +32,11 @@ lesson = Lesson(4)
 
 # %%
 lesson.predict(
-    """
+    f"""
     Two 4096 x 4096 matrices of fp16 are 32 MiB each. The formula reads a row of A and a column of B for every element of
     the result: 2 x 4096 numbers, 16.8 million times. If each of those reads went to memory, how long would they take at
-    4.2 TB a second? And how long would the arithmetic take, at the 690 TFLOP/s that a tensor-core kernel can sustain?
+    {lesson.limit():.1f} TB a second? And how long would the arithmetic take, at the {lesson.limit("matmul_tflops"):.0f} TFLOP/s
+    that a tensor-core kernel can sustain?
     """
 )
 
@@ -463,8 +466,32 @@ lesson.answer(
     2 x 4096 numbers of 2 bytes, 4096 x 4096 times, are 275 GB: {275000 / lesson.limit():.0f} us from memory. The arithmetic
     takes {137439 / lesson.limit("matmul_tflops"):.0f} us at what this GPU sustains. Hundreds of times more reading than
     computing, unless each number read is used hundreds of times: that is all that tiles are for. Measured: naive
-    {lesson.figure("matmul", "naive", "us"):.0f} us, the last rung {last:.0f} us, cuBLAS {cublas:.0f} us, so the last rung runs at
-    {cublas / last:.2f} times cuBLAS's rate.
+    {lesson.figure("matmul", "naive", "us"):.0f} us, the last rung {last:.0f} us, cuBLAS {cublas:.0f} us, so the last rung
+    runs at {cublas / last:.2f} times cuBLAS's rate.
+    """
+)
+
+# %%
+steps = ("tiles", "grouped order", "pipelined", "TMA", "persistent", "128 x 256, halves")
+gains = [
+    lesson.figure("matmul", before, "us") / lesson.figure("matmul", after, "us")
+    for before, after in itertools.pairwise(steps)
+]
+small, cublas_small, plain_small = (
+    lesson.figure("matmul", name, "us", f"{n}x{n}x{n}")
+    for n in lesson.size((512,), (1024,))
+    for name in ("128 x 256, halves", "cuBLAS (torch)", "TMA")
+)
+lesson.say(
+    f"""
+    What each step gained at the largest size: grouped order {gains[0]:.2f} times, pipelining {gains[1]:.2f}, TMA
+    {gains[2]:.2f}, persistence {gains[3]:.2f}, the wide tile {gains[4]:.2f}. So persistence by itself gained next to nothing:
+    with K = 4096 a tile is 64 steps long, beside which starting and storing it are little. It is there for the wide tile,
+    whose store is twice as long.
+
+    And a fast kernel at one size is not one at another. At the smallest size of the figure the last rung takes {small:.1f}
+    us, rung 5 {plain_small:.1f} us, cuBLAS {cublas_small:.1f} us, {small / cublas_small:.1f} times as fast as our best: a
+    result of 1024 x 1024 is 32 tiles of 128 x 256, for 132 SMs. A library chooses tiles by size, and so does the shipped op.
     """
 )
 
@@ -548,6 +575,16 @@ for which in ("NN", "NT", "TN", "TT"):
     lesson.measure("layouts", names[which], product_of(which), case=str(SIDE), **work)
 lesson.measure("layouts", "a.t() @ b.t(), copied first", product_of("TT", copy=True), case=str(SIDE), **work)
 lesson.table("layouts", "Rung 4 on transposed operands")
+plain, turned, both, copied = (
+    lesson.figure("layouts", name, "us")
+    for name in ("a @ b", "a.t() @ b", "a.t() @ b.t()", "a.t() @ b.t(), copied first")
+)
+lesson.say(
+    f"""
+    Transposed operands take up to {100 * (turned / plain - 1):.0f} % more time here; two copies first take
+    {copied / both:.2f} times the time of none.
+    """
+)
 
 # %% [markdown]
 # ## Batches
@@ -626,6 +663,18 @@ def bmm_v2(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 batched.rung("the batch in the grid", bmm_v2, matmul_kernel_v9, note="all pairs in one launch")
 batched.ladder("Batched product")
 
+# %%
+loop, batch, cublas = (
+    lesson.figure("bmm", name, "us") for name in ("a launch a matrix", "the batch in the grid", "cuBLAS (torch)")
+)
+lesson.say(
+    f"""
+    One launch instead of a loop: {loop / batch:.0f} times as fast. It is {cublas / batch:.2f} times as fast as cuBLAS: with K
+    = 128 memory decides, and rung 4's tile spends most of its two steps on starting and storing, with nothing under way
+    meanwhile.
+    """
+)
+
 # %% [markdown]
 # ## Few rows: when a matrix product is memory-bound
 #
@@ -657,6 +706,18 @@ for M in (1, 16, 64, 256, 1024):
         lesson.measure("few rows", name, few_rows(M, function), case=str(M), baseline=plain, **work)
 lesson.table("few rows", "x (M, 4096) times a weight of 14336 x 4096")
 lesson.chart("few rows", "Rows times a 14336 x 4096 weight", measure="us", kind="lines", xlabel="rows")
+lines = ["| rows | cuBLAS | `torch.ops.tt.linear` | cuBLAS's time / ours |", "|---|---|---|---|"]
+for M in (1, 16, 64, 256, 1024):
+    theirs, ours = (lesson.figure("few rows", name, "us", str(M)) for name in ("cuBLAS (torch)", "torch.ops.tt.linear"))
+    lines.append(f"| {M} | {theirs:.1f} us | {ours:.1f} us | {theirs / ours:.2f} |")
+lesson.say("\n".join(lines))
+ratio = (theirs / ours).value  # at the most rows
+if ratio is not None:
+    lesson.say(
+        f"With the most rows arithmetic decides again, and there the shipped op is"
+        f" {'behind cuBLAS' if ratio < 0.97 else 'level with cuBLAS' if ratio < 1.03 else 'ahead of cuBLAS'}, at {ratio:.2f}"
+        f" times its rate: which tile fits 1024 x 14336 best is a matter of a few per cent of idle SMs."
+    )
 
 # %% [markdown]
 # ## Registering the operator
@@ -714,6 +775,22 @@ configs = [
 ]
 matmul.autotune(matmul_v7, configs)
 
+
+def tuned(m: int, n: int, stages: int, group: int):
+    name = f"BLOCK_M={m}, BLOCK_N={n}, num_stages={stages}, GROUP_M={group}"
+    return lesson.figure("matmul, autotuning", name, "us")
+
+
+lesson.say(
+    f"""
+    Four stages {tuned(128, 256, 4, 8):.0f} us, three {tuned(128, 256, 3, 8):.0f} us: the fourth, for which the store was
+    halved, gains nothing that could be measured. (The first line is rung 7 once more: {last:.0f} us in the ladder. That is
+    how far two measurements of one kernel lie apart, so smaller differences mean nothing.) Without groups it takes
+    {tuned(128, 256, 4, 1):.0f} us, with tiles of 256 x 128 {tuned(256, 128, 4, 8):.0f} us, of 128 x 128
+    {tuned(128, 128, 5, 8):.0f} us.
+    """
+)
+
 # %% [markdown]
 # ## Into a model
 #
@@ -756,6 +833,16 @@ lesson.compiled(
     flops=lambda x, w1, w2: 4 * x.numel() * w1.shape[1],
     tolerance=2e-3,
     title="relu(x @ w1) @ w2",
+)
+compiled, ours, fused = (
+    lesson.figure("model", name, "us")
+    for name in ("torch, compiled", "ours, compiled", "torch.ops.tt.linear, compiled")
+)
+lesson.say(
+    f"""
+    With cuBLAS {compiled:.0f} us, with our product {ours:.0f} us, with the ReLU in the product's own kernel {fused:.0f} us:
+    what fusion gains beside so much arithmetic is {100 * (compiled / fused - 1):.0f} %.
+    """
 )
 
 # %% [markdown]

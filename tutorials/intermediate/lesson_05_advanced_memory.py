@@ -164,7 +164,7 @@ softmax.picture(softmax_v2, 4, 24, title="The row in registers: once", view="tou
 # registers, and more for addresses and results. An SM has 65536 registers, so few such programs fit on it at a time, and
 # each of them first waits for its whole row, then computes, then stores. A thread may have 255 registers. On 2 warps a
 # row of 16384 needs more, and the rest is *spilled*: stored to local memory, which is global memory behind a cache, and
-# loaded again. The row then waits where it should not; the autotuning table below shows what that costs.
+# loaded again. The row then waits where it should not; the text below the autotuning table says what that costs.
 #
 # The cure is more threads: 16 elements for each. A program has at most 32 warps.
 
@@ -223,21 +223,66 @@ def softmax_v4(x: torch.Tensor, BLOCK_M: int = 0, num_warps: int = 0) -> torch.T
 
 
 softmax.rung("short rows share a program", softmax_v4, softmax_kernel_v4, note="a block of rows")
-softmax.ladder("Softmax")
+softmax.ladder("Softmax", xlabel="rows x elements of a row")
+
+# %% [markdown]
+# The sizes above are too long to show what sharing is worth: at 1024 elements a program takes two rows, and from 2048 on
+# one. So here are rows of 128.
 
 # %%
+SHORT = lesson.size((2**15, 128), (2**19, 128))
+
+
+def short_rows(function):
+    def calls():
+        x = softmax.make(*SHORT)[0]
+        return lambda: function(x)
+
+    return calls
+
+
+for name, function in (("torch", reference), ("a row a program", softmax_v3), ("16 rows a program", softmax_v4)):
+    lesson.measure("short rows", name, short_rows(function), 4 * SHORT[0] * SHORT[1], baseline=name == "torch")
+lesson.table("short rows", f"Softmax, {SHORT[0]} rows of {SHORT[1]}")
+alone, shared = (lesson.figure("short rows", name, "us") for name in ("a row a program", "16 rows a program"))
+if alone:
+    lesson.say(
+        f"A row a program {alone:.0f} us, sixteen rows a program {shared:.0f} us: {alone / shared:.1f} times as fast."
+    )
+
+# %%
+lines = [
+    "| rows | torch.softmax | compiled formula | ours | faster than torch | than the compiler |",
+    "|---|---|---|---|---|---|",
+]
+for label in softmax.timed:
+    torchs, compiled, ours = (
+        lesson.figure("softmax", name, "us", label)
+        for name in ("torch", "torch, compiled", "short rows share a program")
+    )
+    lines.append(
+        f"| {label} | {torchs:.1f} us | {compiled:.1f} us | {ours:.1f} us | {torchs / ours:.2f} | {compiled / ours:.2f} |"
+    )
+lesson.say("\n".join(lines))
 fused, paper = (lesson.figure("softmax", name, "us") for name in ("short rows share a program", "torch, on paper"))
+share = 4 * lesson.figure("softmax", "torch, on paper", "fraction")
+middle = lesson.size("4096x4096", "8192x4096")
+near, near_fused = (
+    lesson.figure("softmax", name, "us", middle) for name in ("three passes", "short rows share a program")
+)
+three = lesson.figure("softmax", "three passes", "us")
 lesson.answer(
     f"""
     `amax` reads x; the subtraction reads and writes; `exp` reads and writes; `sum` reads; the division reads and writes: 8
     against 2, so four times the bytes. Measured: {paper:.0f} us on paper, {fused:.0f} us fused, {paper / fused:.1f}
-    times as long; torch.softmax takes {lesson.figure("softmax", "torch", "us"):.0f} us and the compiled formula
-    {lesson.figure("softmax", "torch, compiled", "us"):.0f} us.
+    times as long. The rest is not fusion: torch's five kernels, most of which broadcast or reduce, run at
+    {100 * share:.0f} % of the limit.
 
-    Three passes in *one* kernel take {lesson.figure("softmax", "three passes", "us"):.0f} us, not twice the fused time as
-    their bytes would say: a row of 32 KB is still in the L1 or L2 cache when its program comes back to it. Reading again
-    is cheap while the row is near; how near depends on how many rows are under way at once. That is the second half of
-    this lesson.
+    Three passes in *one* kernel have twice the fused kernel's bytes, as long as every pass goes to memory. In rows of 4096, 8
+    KB each, they take {near / near_fused:.2f} times the fused time: the row is still in a cache when its program comes back
+    to it. In rows of 16384, 32 KB each, {three / fused:.2f} times: with 32 registers a thread 16 programs share an SM, so
+    2112 rows are under way at once, 69 MB, and the L2 holds 50 MiB. Reading again is cheap while the row is near; how near
+    depends on how many rows are under way. That is the second half of this lesson.
     """
 )
 
@@ -265,7 +310,7 @@ def programs_per_sm(registers: int, num_warps: int, shared: int = 0) -> int:
 # ## The autotuning table
 #
 # The same kernel with 2 to 32 warps a row. Few warps: many registers a thread, at last spills. Many warps: few elements for
-# each, and reductions in which 32 warps wait for each other.
+# each, and reductions in which 32 warps wait for each other. Which counts for more?
 
 # %%
 softmax.autotune(softmax_v4, [{"BLOCK_M": 1, "num_warps": w} for w in (32, 16, 8, 4, 2)])
@@ -284,6 +329,11 @@ heads = ["| warps a row | registers a thread | spills | on one SM at a time | ti
 lesson.say("\n".join([*heads, *lines]))
 
 # %% [markdown]
+# On an H200 16 and 32 warps hardly differ: 32 warps that wait for each other cost little beside 64 warps that an SM can switch
+# between. With 8 warps there are still two rows on the SM, but a quarter of the warps, and the time in which all of them
+# compute or wait is time in which nothing is loaded. 4 warps are better than 8: of those programs *three* fit, and while two
+# compute a third may load. With 2 warps four fit, and the spills spoil it.
+#
 # ## Long rows: online softmax
 #
 # The vocabulary of a language model has 131072 words and more. Such a row is 256 KB in bfloat16: all the registers of an
@@ -292,6 +342,8 @@ lesson.say("\n".join([*heads, *lines]))
 # comes, what was summed is too large by exp(m_new - m), so scale it down:
 #
 # m_new = max(m, x);  s = s * exp(m - m_new) + exp(x - m_new)
+#
+# The trade-off: a pass over memory less, an exponential an element more.
 #
 # Each lane of the block keeps its own (m, s); they are merged, by the same rule, at the end of the row. This one identity
 # is also what makes flash attention possible (lesson 7).
@@ -386,6 +438,15 @@ def long_v2(x: torch.Tensor) -> torch.Tensor:
 
 long.rung("online", long_v2, long_kernel_v2, note="maximum and sum in one pass")
 
+# %%
+three, online = (lesson.figure("long rows", name, "us") for name in ("three passes", "online"))
+lesson.say(
+    f"""
+    Three passes {three:.0f} us, two {online:.0f} us: {three / online:.2f} times as fast, where the passes over memory say 4 /
+    3. The third exponential is why. 3 x 134 million of them, on 132 SMs that finish 16 a clock, are about 100 us by themselves.
+    """
+)
+
 # %% [markdown]
 # ### What the L2 cache is worth
 #
@@ -417,10 +478,12 @@ for megabytes in (8, 16, 32, 64, 128, 512):
         x = lesson.randn(megabytes * 2**18)
         return lambda: read(x)
 
-    lesson.measure("L2", "read eight times", reads, bytes=8 * megabytes * 2**20, case=f"{megabytes} MiB")
+    lesson.measure("L2", "read eight times", reads, bytes=8 * megabytes * 2**20, case=f"{megabytes} MiB", cached=True)
 
 lesson.table("L2", "Reading a tensor eight times, by its size", columns=("us", "rate"))
-lesson.chart("L2", "Reading a tensor eight times", kind="lines", xlabel="size of the tensor")
+lesson.chart(
+    "L2", "Reading a tensor eight times (limit: a copy, through memory)", kind="lines", xlabel="size of the tensor"
+)
 near, far = (lesson.figure("L2", "read eight times", case=case) for case in ("16 MiB", "512 MiB"))
 lesson.say(
     f"""
@@ -433,11 +496,13 @@ lesson.say(
 # ### Fewer rows at once, and the last tile first
 #
 # With a program a row, the 132 SMs of an H200 work on several hundred rows of 256 KB at a time: far more than 50 MiB, so a
-# row is gone from the cache when its second pass begins. Two changes keep it there:
+# row is gone from the cache when its second pass begins. Two changes should keep it there:
 #
 # * a *persistent* grid: one program for each SM, which takes row after row. 132 rows of 256 KB are 34 MB, and fit;
 # * the second pass goes backwards. Caches throw out what was used longest ago. Walking forwards, the second pass would
 #   follow right behind the eviction; backwards, it begins with what was read last.
+#
+# Predict before you read on: will it be faster?
 
 
 # %%
@@ -474,11 +539,21 @@ def long_v3(x: torch.Tensor) -> torch.Tensor:
 
 long.rung("a row for each SM, backwards", long_v3, long_kernel_v3, note="what is in flight fits into L2")
 
+# %%
+alone = lesson.figure("long rows", "a row for each SM, backwards", "us")
+lesson.say(
+    f"""
+    On an H200 it is slower: {alone:.0f} us, after {online:.0f} us. Whatever the cache now gives is lost again, because one
+    program for each SM has 16 KB under way, 16 elements of 2 bytes for each of its 512 threads, and none while it computes.
+    Above we counted that an SM needs 21 KB at any time.
+    """
+)
+
 # %% [markdown]
 # ### Shared memory: asking ahead
 #
-# One program for each SM has a new problem: nobody else computes while it waits for its tile. It must ask for the next
-# tiles before it needs them. `tl.range(..., num_stages=3)` tells the compiler to *pipeline* the loop: loads become
+# One program for each SM has a new problem: nobody else loads while it computes. It must ask for the next tiles before it
+# needs them. `tl.range(..., num_stages=3)` tells the compiler to *pipeline* the loop: loads become
 # asynchronous copies into **shared memory**, two tiles ahead of the arithmetic. Two tiles of 8192 numbers of 2 bytes wait
 # there: 32 KiB, in the last table's column.
 #
@@ -583,18 +658,34 @@ long.autotune(
 )
 
 # %%
-three, online, best, ours = (
+ahead, hinted, ours = (
     lesson.figure("long rows", name, "us")
-    for name in ("three passes", "online", "a row for each SM, backwards", "torch.ops.tt.softmax")
+    for name in ("asked for two tiles ahead", "eviction hints", "torch.ops.tt.softmax")
 )
+
+
+def hints(stages: int, first: str, second: str):
+    return lesson.figure("long rows, autotuning", f"STAGES={stages}, FIRST={first}, SECOND={second}", "us")
+
+
 lesson.say(
     f"""
-    Three passes over rows of 256 KB: {three:.0f} us; two: {online:.0f} us; with a row for each SM, backwards: {best:.0f} us.
-    The shipped op takes {ours:.0f} us. It holds the whole row in **shared memory** and, where that is too small, the rest in
-    registers, so that every byte is read once: 256 KB of a row in an SM of 228 KiB + 256 KiB. Triton's language has no
-    statement for "keep this tile in shared memory"; the kernel is written in Gluon, the layer below, in which layouts,
-    shared memory and asynchronous copies are yours to place (`_softmax_fwd_shared_kernel` in
-    `torch_triton_ops/ops/softmax.py`; lesson 9 is about Gluon).
+    What it all came to, on an H200. Three passes over rows of 256 KB: {three:.0f} us; two: {online:.0f} us; a row for each
+    SM, backwards:
+    {alone:.0f} us; two tiles ahead: {ahead:.0f} us; with hints: {hinted:.0f} us. Asking ahead mends what the persistent grid
+    broke, and no more than that: the plain online kernel, with several programs on each SM, is still the fastest of ours.
+    A good idea about the cache was a bad one about the work under way, and only the measurement told.
+
+    And the hints: without asking ahead they save {100 * (1 - hints(1, "evict_last", "evict_first") / alone):.0f} % of
+    what a row for each SM takes. With it, `evict_first` in the second pass saves
+    {100 * (1 - hints(3, "", "evict_first") / hints(3, "", "")):.0f} %;
+    `evict_last` in the first alone makes {hints(3, "evict_last", ""):.1f} us of {hints(3, "", ""):.1f} us, which is nothing.
+
+    The shipped op takes {ours:.0f} us, {online / ours:.1f} times as fast as our best. It holds the whole row in **shared
+    memory** and, where that is too small, the rest in registers, so that every byte is read once: 256 KB of a row in an SM of
+    228 KiB + 256 KiB. Triton's language has no statement for "keep this tile in shared memory"; the kernel is written in
+    Gluon, the layer below, in which layouts, shared memory and asynchronous copies are yours to place
+    (`_softmax_fwd_shared_kernel` in `torch_triton_ops/ops/softmax.py`; lesson 9 is about Gluon).
     """
 )
 
@@ -654,7 +745,7 @@ def softmax_bwd_kernel(dy_ptr, y_ptr, dx_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK
 
 def launcher(x: torch.Tensor) -> torch.Tensor:
     rows = x.contiguous().view(-1, x.shape[-1])
-    return (softmax_v4(rows) if rows.shape[1] <= 16384 else long_v5(rows)).view(x.shape)
+    return (softmax_v4(rows) if rows.shape[1] <= 16384 else long_v2(rows)).view(x.shape)  # the fastest as measured
 
 
 def fake(x: torch.Tensor) -> torch.Tensor:
@@ -702,7 +793,8 @@ op = softmax.register(
 # shows our op as one node with a multiplication before it. torch.compile turns plain torch into *one* kernel, scale included;
 # with an opaque node there are two, and the scaled tensor goes to memory and back. The shipped op is `visibility: triton`, yet
 # Inductor does not merge a kernel that it did not write with its own: it stays two kernels. A fused kernel is worth it where
-# it does what the compiler does not, as with long rows. Where the compiler's own is as good, let the compiler do it.
+# it does so much better than the compiler's that the extra pass is paid for. Where the compiler's own is as good, let the
+# compiler do it.
 
 
 # %%
@@ -725,6 +817,16 @@ lesson.compiled(
     bytes=lambda x: 2 * x.numel() * x.element_size(),
     tolerance=1e-2,
     title="softmax(x / 8), rows of 131072",
+)
+compiled, mixed, shipped = (
+    lesson.figure("model", name, "us") for name in ("torch, compiled", "ours, compiled", "torch.ops.tt, compiled")
+)
+lesson.say(
+    f"""
+    Compiled from plain torch {compiled:.0f} us, with our node {mixed:.0f} us: {mixed / compiled:.2f} times as long. Our op is
+    not so much better than the compiler's that it could pay for a pass of its own. With the shipped op it is {shipped:.0f} us,
+    {compiled / shipped:.2f} times as fast as the compiler, the extra pass included.
+    """
 )
 
 # %% [markdown]
