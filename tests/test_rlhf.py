@@ -433,9 +433,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     other.reference.mix.bias.data += 1
     with pytest.raises(ValueError, match="another reference model"):
         other.load(file)
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"tuner.pt: no checkpoint that can be read"):
-        toy_tuner().load(file)
+    for left in (1000, 0):
+        file.write_bytes(file.read_bytes()[:left])
+        with pytest.raises(ValueError, match=r"tuner.pt: no checkpoint that can be read: \w"):
+            toy_tuner().load(file)
     torch.save({"version": 0}, file)
     with pytest.raises(ValueError, match="no checkpoint of a PreferenceTuner of version 1"):
         toy_tuner().load(file)
@@ -549,18 +550,20 @@ def test_the_win_rate_rises_clearly(tmp_path):
     config = small.SmallConfig(small.FIRST_WORD + len(words), layers=1, hidden=64, ffn=128, context=40)
     model, tokenizer = small.SmallLM(config), small.tokenizer(words)
     assert small.train(model, tokenizer, 80, batch=8, learning_rate=5e-3) < 4.5  # 6.6 before
-    settings = TunerConfig(learning_rate=1e-3, reward_learning_rate=1e-3, context=config.context)
+    settings = TunerConfig(sft_weight=0.3, learning_rate=1e-3, reward_learning_rate=1e-3, context=config.context)
     reward = RewardModel(copy.deepcopy(model), config.hidden)
     tuner = PreferenceTuner(model, copy.deepcopy(model), tokenizer, settings, reward=reward)
     user, prompts = SimulatedUser("shorter"), small.prompts()
-    before = evaluate(tuner, user, prompts[:64], length=16)
-    session = Session(tmp_path, tuner, prompts[64:], pairs=8, replay=8, length=16)
+    sampling = {"length": 16, "temperature": 0.8}
+    before = evaluate(tuner, user, prompts[:48], **sampling)
+    session = Session(tmp_path, tuner, prompts[48:], pairs=8, replay=16, save_every=4, **sampling)
     for _ in range(12):
         for comparison in session.comparisons():
             session.judge(comparison, user(comparison))
         session.learn()
-    after = evaluate(tuner, user, prompts[:64], length=16)
+    after = evaluate(tuner, user, prompts[:48], **sampling)
     assert 0.35 < before < 0.65  # the policy is the reference: chance alone
+    print(before, after, session.win_rate(40), session.guesses())
     assert after > before + 0.2, (before, after)
     assert session.win_rate(40) > 0.6
     foreseen, of = session.guesses()
@@ -631,7 +634,7 @@ def test_in_a_terminal_and_ctrl_c_loses_nothing(quiet, tmp_path, monkeypatch, ca
     terminal.type("best\n")
     terminal.until("'best' is none of them[\\s\\S]*1, 2, t, q: ")
     terminal.type("1\n")
-    terminal.until("1 choice; tuned model preferred .*KL to the reference .* nats; .*loss 0.69[\\s\\S]*1, 2, t, q: ")
+    terminal.until("1 choice; tuned model preferred .*KL to the reference .* nats; loss [\\d.]+[\\s\\S]*1, 2, t, q: ")
     terminal.type("t\n")
     terminal.until("2 choices; .*nothing to learn from a tie[\\s\\S]*1, 2, t, q: ")
     os.killpg(terminal.process.pid, signal.SIGINT)

@@ -54,7 +54,8 @@ class Settings:
     length: int = 24
     temperature: float = 0.8
     beta: float = 0.1
-    rate: float = 3e-4
+    sft: float = 0.3
+    rate: float = 1e-3
     base_steps: int = 200
     simulate: str | None = None
     prompts: str | None = None
@@ -65,8 +66,12 @@ def settings(folder: Path, given: dict[str, Any]) -> Settings:
     file = folder / "session.json"
     wanted = {name: value for name, value in given.items() if value is not None}
     if not file.exists():
-        simulated = {"pairs": 8, "replay": 8} if wanted.get("simulate") else {}
+        simulated = {"pairs": 8, "replay": 16} if wanted.get("simulate") else {}
         made = Settings(**{**simulated, **wanted})
+        if made.simulate is not None:
+            SimulatedUser(made.simulate)  # raises for a taste that there is not, before anything is kept
+        if made.prompts is not None:
+            read_prompts(Path(made.prompts))
         with replacing(file) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(made), indent=1) + "\n", encoding="utf-8")
         return made
@@ -113,7 +118,7 @@ class Base:
                 model = small.SmallLM(small.SmallConfig(**kept["config"]))
                 model.load_state_dict(kept["weights"])
             except Exception as error:
-                said = str(error).splitlines()[0]
+                said = (str(error) or type(error).__name__).splitlines()[0]
                 raise TutorialError(f"{file} cannot be read ({said}); begin in another folder with --session") from None
             return cls(model.to(device), kept["words"])
         words = small.words()
@@ -151,7 +156,13 @@ def run(folder: Path, given: dict[str, Any], rounds: int | None, device: torch.d
             policy,
             base.model,
             tokenizer,
-            TunerConfig(beta=s.beta, learning_rate=s.rate, reward_learning_rate=s.rate, context=config.context),
+            TunerConfig(
+                beta=s.beta,
+                sft_weight=s.sft,
+                learning_rate=s.rate,
+                reward_learning_rate=s.rate,
+                context=config.context,
+            ),
             reward=RewardModel(copy.deepcopy(base.model), config.hidden),
         )
         sampling: dict[str, Any] = {"seed": s.seed, "length": s.length, "temperature": s.temperature}

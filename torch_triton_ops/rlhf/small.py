@@ -9,6 +9,7 @@ Tokens are the words that the text has often, with the space before them, and by
 from __future__ import annotations
 
 import collections
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torch_triton_ops.nn import LlamaBlock, RMSNorm, RotaryEmbedding
 from torch_triton_ops.rlhf.models import Hidden, Tokenizer
 
 PROMPT_WORDS = 3
 FIRST_WORD = 257  # tokens below it: the bytes, and the end
 LEAST = 5  # how often a word must stand in the text to be a token
-HELD_OUT = 10  # one sentence in so many is never trained on, and gives prompts
+HELD_OUT = 7  # one sentence in so many is never trained on, and gives prompts
 
 _PROSE = re.compile(r"[A-Z][a-z]* [A-Za-z0-9 ,;:'\"()_-]{20,180}\.")
 _PIECE = re.compile(r" ?[A-Za-z]+|.", re.DOTALL)
@@ -37,56 +39,30 @@ class SmallConfig:
     heads: int = 2
     kv_heads: int = 1
     ffn: int = 192
-    context: int = 64
-
-
-class _Block(nn.Module):
-    def __init__(self, c: SmallConfig) -> None:
-        super().__init__()
-        self.head_dim = c.hidden // c.heads
-        self.sizes = [c.hidden, c.kv_heads * self.head_dim, c.kv_heads * self.head_dim]
-        self.attention_norm, self.ffn_norm = nn.Parameter(torch.ones(c.hidden)), nn.Parameter(torch.ones(c.hidden))
-        narrow = 0.02 / (2 * c.layers) ** 0.5
-        self.qkv, self.out = _weight(sum(self.sizes), c.hidden), _weight(c.hidden, c.hidden, narrow)
-        self.gate_up, self.down = _weight(2 * c.ffn, c.hidden), _weight(c.hidden, c.ffn, narrow)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        tt = torch.ops.tt
-        qkv = tt.linear(tt.rms_norm(x, self.attention_norm), self.qkv)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in qkv.split(self.sizes, dim=-1))
-        q, k = tt.rope(q, k, cos, sin)
-        x = x + tt.linear(tt.flash_attn(q, k, v, causal=True).transpose(1, 2).flatten(2), self.out)
-        gate, up = tt.linear(tt.rms_norm(x, self.ffn_norm), self.gate_up).chunk(2, dim=-1)
-        return x + tt.linear(tt.swiglu(gate, up), self.down)
+    context: int = 64  # tokens of a training sample
 
 
 class SmallLM(nn.Module):
-    """(B, S) tokens, S at most `config.context`, to Hidden."""
+    """(B, S) tokens to Hidden: the Llama blocks of torch_triton_ops.nn."""
 
     def __init__(self, config: SmallConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding, self.head = _weight(config.vocab, config.hidden), _weight(config.vocab, config.hidden)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
-        self.norm = nn.Parameter(torch.ones(config.hidden))
-        head_dim = config.hidden // config.heads
-        angles = torch.outer(torch.arange(config.context), 1e4 ** (-torch.arange(0, head_dim, 2) / head_dim))
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    cos: Tensor
-    sin: Tensor
+        self.embedding = nn.Embedding(config.vocab, config.hidden)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.layers = nn.ModuleList(
+            LlamaBlock(config.hidden, config.ffn, config.heads, config.kv_heads) for _ in range(config.layers)
+        )
+        self.norm = RMSNorm(config.hidden)
+        self.rotary = RotaryEmbedding(config.hidden // config.heads)
+        self.head = nn.Linear(config.hidden, config.vocab, bias=False)
 
     def forward(self, tokens: Tensor) -> Hidden:
-        length = tokens.shape[1]
-        x = torch.nn.functional.embedding(tokens, self.embedding)
-        for block in self.blocks:
-            x = block(x, self.cos[:length], self.sin[:length])
-        return Hidden(torch.ops.tt.rms_norm(x, self.norm), self.head)
-
-
-def _weight(outputs: int, inputs: int, std: float = 0.02) -> nn.Parameter:
-    return nn.Parameter(torch.randn(outputs, inputs) * std)
+        x = self.embedding(tokens)
+        tables = self.rotary(torch.arange(tokens.shape[1], device=tokens.device))
+        for layer in self.layers:
+            x = layer(x, *tables)
+        return Hidden(self.norm(x), self.head.weight)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -132,9 +108,9 @@ def tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
 
 
 def prompts() -> list[str]:
-    """The first words of sentences that are not trained on."""
+    """The first words of sentences that are not trained on, where they are words of letters."""
     starts = (" ".join(sentence.split()[:PROMPT_WORDS]) for sentence in sentences()[::HELD_OUT])
-    return list(dict.fromkeys(starts))
+    return [start for start in dict.fromkeys(starts) if re.fullmatch(r"[A-Za-z ,-]+", start)]
 
 
 def train(
@@ -150,20 +126,22 @@ def train(
 
     `report` is called after each step with the steps done and the loss.
     """
-    device, context = model.head.device, model.config.context
+    device, context = model.head.weight.device, model.config.context
     kept = [s for i, s in enumerate(sentences()) if i % HELD_OUT]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(kept), generator=generator).tolist()
     text = torch.tensor([t for i in order for t in (*tokens.encode(kept[i]), tokens.end)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    # up over a tenth of the steps, then a cosine down to nothing
+    factor = lambda step: min(10 * (step + 1) / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     window = torch.arange(context + 1)
     losses: list[float] = []
     for step in range(steps):
         starts = torch.randint(len(text) - context, (batch, 1), generator=generator)
         sample = text[starts + window].to(device)
         states, weight, *_ = model(sample[:, :-1])
-        loss = torch.ops.tt.cross_entropy(torch.ops.tt.linear(states, weight).flatten(0, 1), sample[:, 1:].flatten())
+        loss = torch.ops.tt.linear_cross_entropy(states.flatten(0, 1), weight, sample[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -356,7 +356,8 @@ class PreferenceTuner:
         except OSError:
             raise
         except Exception as error:
-            raise ValueError(f"{name}: no checkpoint that can be read: {str(error).splitlines()[0]}") from error
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{name}: no checkpoint that can be read: {said}") from error
         if not isinstance(state, dict) or state.get("version") != VERSION:
             raise ValueError(f"{name}: no checkpoint of a PreferenceTuner of version {VERSION}")
         now, then = self.config.as_dict(), state["config"]
