@@ -39,9 +39,9 @@ Two sets of kernels, chosen for each call:
 
 * `triton_kernels.py`, Triton: every GPU from sm_80 up, every option. A bias's gradient takes a kernel of its own, which computes
   the scores once more and sums over the dimensions that were broadcast in a fixed order.
-* `hopper.py` and `hopper_bwd.py`, Gluon: compute capability 9.0, triton 3.6 and 3.7; half precision, D from 40 to 256 that is a
+* `hopper*.py`, Gluon: compute capability 9.0, triton 3.6 and 3.7; half precision, D from 40 to 256 that is a
   multiple of 8, scale > 0, causal or not, no window, softcap, slopes, bias or sinks. The backward: of
-  these, D up to 128 and Sq > 64 (Sq > 128 for D up to 64).
+  these, Sq > 64 (Sq > 128 for D up to 64).
 
 The Hopper kernels read by TMA, which wants rows and bases aligned to 16 bytes and no expanded dimension: other inputs are copied.
 Their backward sums dq in no fixed order; dk and dv, every forward and the whole portable path repeat bit for bit. With
@@ -248,8 +248,6 @@ def _gluon_bwd_refusal(
 ) -> str | None:
     refusal = _gluon_refusal(q, k, scale, softcap, left, right)
     D, Sq = q.shape[3], q.shape[2]
-    if refusal is None and D > 128:
-        return f"their backward takes head sizes up to 128, not {D}"
     least = 128 if D <= 64 else 64  # two of their steps
     if refusal is None and Sq <= least:
         return f"their backward takes more than {least} queries of head size {D}, not {Sq}"

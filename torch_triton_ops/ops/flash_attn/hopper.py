@@ -55,8 +55,8 @@ class _Forward:
     """One program's arguments, buffers and barriers."""
 
     # global memory
-    q_desc: tma.tensor_descriptor  # (B, Hq, Sq, D), box (1, 1, ROWS, HEAD_DIM)
-    k_desc: tma.tensor_descriptor  # (B, Hkv, Skv, D), box (1, 1, BLOCK_N, HEAD_DIM)
+    q_desc: tma.tensor_descriptor  # (B, Hq, Sq, D), box (1, 1, ROWS, HEAD_DIM, or 64 of 192)
+    k_desc: tma.tensor_descriptor  # (B, Hkv, Skv, D), box (1, 1, BLOCK_N, as of q)
     v_desc: tma.tensor_descriptor  # as k
     out_desc: tma.tensor_descriptor  # as q
     lse_ptr: gl.tensor  # (B, Hq, Sq) float32
@@ -71,10 +71,14 @@ class _Forward:
     BH: gl.tensor
     section: gl.tensor  # heads that run side by side
     # shared memory
-    q: gl.shared_memory_descriptor  # (consumers, ROWS, HEAD_DIM)
+    q: gl.shared_memory_descriptor  # (consumers, ROWS, HEAD_DIM), or the first 128 columns of 192
     k: gl.shared_memory_descriptor  # (STAGES, BLOCK_N, HEAD_DIM)
     v: gl.shared_memory_descriptor  # (STAGES, BLOCK_N, HEAD_DIM)
     out: gl.shared_memory_descriptor  # (consumers, ROWS, HEAD_DIM)
+    q_tail: gl.shared_memory_descriptor  # HEAD_DIM 192: columns 128 to 191. Tensors are powers of two.
+    k_tail: gl.shared_memory_descriptor
+    v_tail: gl.shared_memory_descriptor
+    out_tail: gl.shared_memory_descriptor
     tile: gl.shared_memory_descriptor  # (8, 1) int32: two slots of (row block, batch, head)
     # barriers
     q_full: gl.shared_memory_descriptor  # (consumers, 1)
@@ -87,6 +91,7 @@ class _Forward:
     CONSUMERS: gl.constexpr
     BLOCK_N: gl.constexpr
     HEAD_DIM: gl.constexpr
+    TAIL: gl.constexpr  # whether there are tails
     STAGES: gl.constexpr
     OUT_IN_Q: gl.constexpr
     PING_PONG: gl.constexpr
@@ -99,9 +104,10 @@ class _Forward:
     def __init__(self, tensors, problem, buffers, barriers, constants):
         self.q_desc, self.k_desc, self.v_desc, self.out_desc, self.lse_ptr, self.counter_ptr = tensors
         self.scale_log2, self.Sq, self.Skv, self.num_blocks, self.H, self.heads_per_kv, self.BH, self.section = problem
-        self.q, self.k, self.v, self.out, self.tile = buffers
+        self.q, self.k, self.v, self.out, self.q_tail, self.k_tail, self.v_tail, self.out_tail, self.tile = buffers
         self.q_full, self.q_empty, self.full, self.empty, self.tile_full, self.tile_empty = barriers
         self.CONSUMERS, self.BLOCK_N, self.HEAD_DIM, self.STAGES, self.OUT_IN_Q = map(gl.constexpr, constants[:5])
+        self.TAIL = gl.constexpr(constants[2] == 192)
         self.PING_PONG, self.LAZY, self.IS_CAUSAL, self.EVEN_N, self.SAVE_LSE = map(gl.constexpr, constants[5:])
 
 
@@ -304,6 +310,25 @@ def _unpack_p(packed, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def panels(tile):
+    """Columns 0 to 63 and 64 to 127 of a tile of 128 columns: in shared memory one lies behind the other."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    panels = tile._reinterpret(tile.dtype, [2, tile.shape[0], 64], layout)
+    return panels.index(0), panels.index(1)
+
+
+@gluon.jit
+def load(x, desc, b, h, row, full, tile, tail):
+    if x.TAIL:
+        left, right = panels(tile)
+        tma.async_copy_global_to_shared(desc, [b, h, row, 0], full, left)
+        tma.async_copy_global_to_shared(desc, [b, h, row, 64], full, right)
+        tma.async_copy_global_to_shared(desc, [b, h, row, 128], full, tail)
+    else:
+        tma.async_copy_global_to_shared(desc, [b, h, row, 0], full, tile)
+
+
+@gluon.jit
 def _producer(x):
     BLOCK_M: gl.constexpr = ROWS * x.CONSUMERS
     KV_BYTES: gl.constexpr = x.BLOCK_N * x.HEAD_DIM * 2
@@ -322,30 +347,27 @@ def _producer(x):
         slot = step % x.STAGES
         mbarrier.wait(x.empty.index(slot), ((step // x.STAGES) & 1) ^ 1)
         mbarrier.expect(x.full.index(slot), KV_BYTES)
-        tma.async_copy_global_to_shared(
-            x.k_desc, [b, h_kv, (end - 1) * x.BLOCK_N, 0], x.full.index(slot), x.k.index(slot)
-        )
+        start_n = (end - 1) * x.BLOCK_N
+        load(x, x.k_desc, b, h_kv, start_n, x.full.index(slot), x.k.index(slot), x.k_tail.index(slot))
         step += 1
         for c in gl.static_range(x.CONSUMERS):
             mbarrier.wait(x.q_empty.index(c), (n & 1) ^ 1)
             mbarrier.expect(x.q_full.index(c), ROWS * x.HEAD_DIM * 2)
-            tma.async_copy_global_to_shared(
-                x.q_desc, [b, h, block_m * BLOCK_M + c * ROWS, 0], x.q_full.index(c), x.q.index(c)
-            )
+            start_m = block_m * BLOCK_M + c * ROWS
+            load(x, x.q_desc, b, h, start_m, x.q_full.index(c), x.q.index(c), x.q_tail.index(c))
         for i in range(1, end):
             start_n = (end - 1 - i) * x.BLOCK_N
             slot = step % x.STAGES
             mbarrier.wait(x.empty.index(slot), ((step // x.STAGES) & 1) ^ 1)
             mbarrier.expect(x.full.index(slot), 2 * KV_BYTES)
-            tma.async_copy_global_to_shared(x.k_desc, [b, h_kv, start_n, 0], x.full.index(slot), x.k.index(slot))
-            tma.async_copy_global_to_shared(
-                x.v_desc, [b, h_kv, start_n + x.BLOCK_N, 0], x.full.index(slot), x.v.index(slot)
-            )
+            load(x, x.k_desc, b, h_kv, start_n, x.full.index(slot), x.k.index(slot), x.k_tail.index(slot))
+            start_n += x.BLOCK_N
+            load(x, x.v_desc, b, h_kv, start_n, x.full.index(slot), x.v.index(slot), x.v_tail.index(slot))
             step += 1
         slot = step % x.STAGES
         mbarrier.wait(x.empty.index(slot), ((step // x.STAGES) & 1) ^ 1)
         mbarrier.expect(x.full.index(slot), KV_BYTES)
-        tma.async_copy_global_to_shared(x.v_desc, [b, h_kv, 0, 0], x.full.index(slot), x.v.index(slot))
+        load(x, x.v_desc, b, h_kv, 0, x.full.index(slot), x.v.index(slot), x.v_tail.index(slot))
         step += 1
 
         # The next tile. Program p began with tile p, so exactly `tiles` tickets are drawn in a launch: whoever draws the last
@@ -364,26 +386,64 @@ def _producer(x):
 
 
 @gluon.jit
-def _consumer_step(x, acc, l, m, p_packed, step, zero, limit, start_n, q, CONSUMER: gl.constexpr, MASKED: gl.constexpr):
+def _issue_scores(x, slot, zero, CONSUMER: gl.constexpr):
+    """S = Q K^T, asynchronous: one product, or two."""
+    k = x.k.index(slot).permute([1, 0])
+    token = warpgroup_mma(x.q.index(CONSUMER), k, zero, use_acc=False, is_async=True)
+    if x.TAIL:
+        k = x.k_tail.index(slot).permute([1, 0])
+        token = warpgroup_mma(x.q_tail.index(CONSUMER), k, token, is_async=True)
+    return token
+
+
+# O, too, has a tail: `tail` stands for it where it is not needed.
+
+
+@gluon.jit
+def _issue_pv(x, slot, p_packed, acc, tail):
+    """O += P V, asynchronous: one product, or two."""
+    dtype: gl.constexpr = x.v.dtype
+    p = _unpack_p(p_packed, dtype, gl.DotOperandLayout(0, acc.type.layout, 2))
+    acc = warpgroup_mma(p, x.v.index(slot), acc, is_async=True)
+    if x.TAIL:
+        p = _unpack_p(p_packed, dtype, gl.DotOperandLayout(0, tail.type.layout, 2))
+        tail = warpgroup_mma(p, x.v_tail.index(slot), tail, is_async=True)
+    return acc, tail
+
+
+@gluon.jit
+def _wait_for_pv(x, acc, tail):
+    if x.TAIL:
+        acc, tail = warpgroup_mma_wait(0, [acc, tail])
+    else:
+        acc = warpgroup_mma_wait(0, [acc])
+    return acc, tail
+
+
+@gluon.jit
+def _consumer_step(
+    x, acc, tail, l, m, p_packed, step, zero, limit, start_n, CONSUMER: gl.constexpr, MASKED: gl.constexpr
+):
     """S = Q K(i)^T and right behind it O += P V of the step before; then the softmax of S."""
     slot = step % x.STAGES
     mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
     if x.PING_PONG:
         _wait_for_turn(CONSUMER)
-    s_token = warpgroup_mma(q, x.k.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
-    p = _unpack_p(p_packed, x.v.dtype, gl.DotOperandLayout(0, acc.type.layout, 2))
-    acc_token = warpgroup_mma(p, x.v.index(slot), acc, is_async=True)
+    s_token = _issue_scores(x, slot, zero, CONSUMER)
+    acc, tail = _issue_pv(x, slot, p_packed, acc, tail)
     if x.PING_PONG:
         _hand_over_turn(CONSUMER, x.CONSUMERS)
 
-    s = warpgroup_mma_wait(1, [s_token])  # S is ready, PV may still run
+    s = warpgroup_mma_wait(2 if x.TAIL else 1, [s_token])  # S is ready, PV may still run
     p, alpha, m = _softmax_step(x, s, m, limit, start_n, MASKED, x.LAZY)
     row_sum = _partial_row_sum(p)
     l = l * gl.convert_layout(alpha, gl.SliceLayout(1, row_sum.type.layout))[:, None] + row_sum
-    acc = warpgroup_mma_wait(0, [acc_token])
+    acc, tail = _wait_for_pv(x, acc, tail)
     mbarrier.arrive(x.empty.index(slot))
     acc = _rescale(acc, alpha, x.LAZY)
-    return acc, l, m, _pack_p(p, x.v.dtype)
+    if x.TAIL:
+        tail = _rescale(tail, alpha, x.LAZY)
+    return acc, tail, l, m, _pack_p(p, x.v.dtype)
 
 
 @gluon.jit
@@ -394,15 +454,17 @@ def _consumer(x, CONSUMER: gl.constexpr):
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, x.BLOCK_N, 16]
     )
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, x.HEAD_DIM, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, x.q.shape[2], 16]
     )
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)  # P as an operand in registers
+    tail_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]
+    )
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     acc_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
     FIRST_MASKED: gl.constexpr = x.IS_CAUSAL or not x.EVEN_N
     zero = gl.full([ROWS, x.BLOCK_N], 0.0, gl.float32, s_layout)
-    q = x.q.index(CONSUMER)
     out = x.out.index(CONSUMER)
+    out_tail = x.out_tail.index(CONSUMER)
 
     n = 0
     step = 0
@@ -434,7 +496,7 @@ def _consumer(x, CONSUMER: gl.constexpr):
         mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
         if x.PING_PONG:
             _wait_for_turn(CONSUMER)
-        s_token = warpgroup_mma(q, x.k.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
+        s_token = _issue_scores(x, slot, zero, CONSUMER)
         if x.PING_PONG:
             _hand_over_turn(CONSUMER, x.CONSUMERS)
         s = warpgroup_mma_wait(0, [s_token])
@@ -443,20 +505,27 @@ def _consumer(x, CONSUMER: gl.constexpr):
         p, _, m = _softmax_step(x, s, m, limit, (end - 1) * x.BLOCK_N, FIRST_MASKED, False)
         l = _partial_row_sum(p)  # running sum of each row
         p_packed = _pack_p(p, dtype)
-        acc = gl.full([ROWS, x.HEAD_DIM], 0.0, gl.float32, acc_layout)
+        acc = gl.full([ROWS, x.q.shape[2]], 0.0, gl.float32, acc_layout)
+        if x.TAIL:
+            tail = gl.full([ROWS, 64], 0.0, gl.float32, tail_layout)
+        else:
+            tail = 0
         step += 1
 
         # The other blocks that need a mask, then those that do not.
         if x.IS_CAUSAL:
             for i in range(end - 1 - full_blocks):
-                acc, l, m, p_packed = _consumer_step(
-                    x, acc, l, m, p_packed, step, zero, limit, (end - 2 - i) * x.BLOCK_N, q, CONSUMER, True
+                start_n = (end - 2 - i) * x.BLOCK_N
+                acc, tail, l, m, p_packed = _consumer_step(
+                    x, acc, tail, l, m, p_packed, step, zero, limit, start_n, CONSUMER, True
                 )
                 step += 1
         else:
             full_blocks = end - 1
         for _ in range(full_blocks):
-            acc, l, m, p_packed = _consumer_step(x, acc, l, m, p_packed, step, zero, limit, 0, q, CONSUMER, False)
+            acc, tail, l, m, p_packed = _consumer_step(
+                x, acc, tail, l, m, p_packed, step, zero, limit, 0, CONSUMER, False
+            )
             step += 1
         if not x.OUT_IN_Q:
             mbarrier.arrive(x.q_empty.index(CONSUMER))  # the next tile's Q may come
@@ -464,13 +533,13 @@ def _consumer(x, CONSUMER: gl.constexpr):
         # The last PV, and under it the log-sum-exp. A row without keys has l = 0: output 0, lse -inf.
         slot = step % x.STAGES
         mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
-        acc_token = warpgroup_mma(_unpack_p(p_packed, dtype, p_layout), x.v.index(slot), acc, is_async=True)
+        acc, tail = _issue_pv(x, slot, p_packed, acc, tail)
         row_sum = gl.convert_layout(gl.sum(l, 1), s_row)
         inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
         if x.SAVE_LSE:
             lse = (m + gl.log2(row_sum)) * 0.6931471805599453
             gl.store(x.lse_ptr + (b * x.H + h).to(gl.int64) * x.Sq + offs_m, lse, mask=offs_m < x.Sq)
-        acc = warpgroup_mma_wait(0, [acc_token])
+        acc, tail = _wait_for_pv(x, acc, tail)
         mbarrier.arrive(x.empty.index(slot))
         step += 1
 
@@ -480,8 +549,17 @@ def _consumer(x, CONSUMER: gl.constexpr):
         if not x.OUT_IN_Q:
             tma.store_wait(0)
         out.store(acc.to(dtype))
+        if x.TAIL:
+            tail = tail * gl.convert_layout(inverse, gl.SliceLayout(1, tail_layout))[:, None]
+            out_tail.store(tail.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(x.out_desc, [b, h, start_m, 0], out)
+        if x.TAIL:
+            left, right = panels(out)
+            tma.async_copy_shared_to_global(x.out_desc, [b, h, start_m, 0], left)
+            tma.async_copy_shared_to_global(x.out_desc, [b, h, start_m, 64], right)
+            tma.async_copy_shared_to_global(x.out_desc, [b, h, start_m, 128], out_tail)
+        else:
+            tma.async_copy_shared_to_global(x.out_desc, [b, h, start_m, 0], out)
         if x.OUT_IN_Q:
             tma.store_wait(0)
             mbarrier.arrive(x.q_empty.index(CONSUMER))
@@ -510,13 +588,20 @@ def _flash_attn_fwd_hopper_kernel(
     BUFFERS: gl.constexpr = 2 if CONSUMERS == 2 else 4  # shapes must be powers of two
     # The descriptors have rank 4, the buffers rank 2: a box is one head's.
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    q = gl.allocate_shared_memory(dtype, [BUFFERS, ROWS, HEAD_DIM], tile_layout)
-    k = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile_layout)
-    v = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile_layout)
+    MAIN: gl.constexpr = 128 if HEAD_DIM == 192 else HEAD_DIM
+    q = gl.allocate_shared_memory(dtype, [BUFFERS, ROWS, MAIN], tile_layout)
+    k = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, MAIN], tile_layout)
+    v = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, MAIN], tile_layout)
     if OUT_IN_Q:
         out = q
     else:
-        out = gl.allocate_shared_memory(dtype, [BUFFERS, ROWS, HEAD_DIM], tile_layout)
+        out = gl.allocate_shared_memory(dtype, [BUFFERS, ROWS, MAIN], tile_layout)
+    q_tail, k_tail, v_tail, out_tail = q, k, v, out
+    if HEAD_DIM == 192:
+        q_tail = gl.allocate_shared_memory(dtype, [BUFFERS, ROWS, 64], tile_layout)
+        k_tail = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 64], tile_layout)
+        v_tail = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 64], tile_layout)
+        out_tail = gl.allocate_shared_memory(dtype, [BUFFERS, ROWS, 64], tile_layout)
     tile = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     bar_layout: gl.constexpr = mbarrier.MBarrierLayout()
@@ -540,7 +625,7 @@ def _flash_attn_fwd_hopper_kernel(
     x = _Forward(
         (q_desc, k_desc, v_desc, out_desc, lse_ptr, counter_ptr),
         (scale_log2, Sq, Skv, num_blocks, H, heads_per_kv, BH, section),
-        (q, k, v, out, tile),
+        (q, k, v, out, q_tail, k_tail, v_tail, out_tail, tile),
         (q_full, q_empty, full, empty, tile_full, tile_empty),
         (CONSUMERS, BLOCK_N, HEAD_DIM, STAGES, OUT_IN_Q, PING_PONG, LAZY, IS_CAUSAL, EVEN_N, SAVE_LSE),
     )
@@ -568,6 +653,9 @@ _CONFIGS: dict[int, dict[str, Any]] = {
     },
     128: {
         "CONSUMERS": 2, "BLOCK_N": 128, "STAGES": 2, "OUT_IN_Q": False, "PING_PONG": False, "LAZY": False, "REGISTERS": 240,
+    },
+    192: {
+        "CONSUMERS": 2, "BLOCK_N": 64, "STAGES": 2, "OUT_IN_Q": False, "PING_PONG": False, "LAZY": True, "REGISTERS": 240,
     },
     256: {
         "CONSUMERS": 2, "BLOCK_N": 64, "STAGES": 2, "OUT_IN_Q": True, "PING_PONG": False, "LAZY": True, "REGISTERS": 240,
@@ -599,7 +687,8 @@ def forward(
     Hkv, Skv = k.shape[1], k.shape[2]
     if B * H * Sq == 0:
         return
-    head_dim = 64 if D <= 64 else 128 if D <= 128 else 256
+    head_dim = next(width for width in _CONFIGS if width >= D)
+    box = 64 if head_dim == 192 else head_dim
     config = _CONFIGS[head_dim]
     block_n, group = config["BLOCK_N"], H // Hkv
     num_blocks = cdiv(Sq, ROWS.value * config["CONSUMERS"])
@@ -608,10 +697,10 @@ def forward(
     launch(
         _flash_attn_fwd_hopper_kernel,
         (min(sm_count(q.device), num_blocks * B * H),),
-        boxes(q, ROWS.value, head_dim),
-        boxes(k, block_n, head_dim),
-        boxes(v, block_n, head_dim),
-        descriptor(out, (1, 1, ROWS.value, head_dim), TILE),
+        boxes(q, ROWS.value, box),
+        boxes(k, block_n, box),
+        boxes(v, block_n, box),
+        descriptor(out, (1, 1, ROWS.value, box), TILE),
         out if lse is None else lse,  # a pointer that nobody follows, where there is nothing to save
         _tile_counter(q),
         *(scale * math.log2(math.e), Sq, Skv, num_blocks, H, group, B * H, section),

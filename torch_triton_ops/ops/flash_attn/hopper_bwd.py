@@ -590,10 +590,10 @@ def backward(
     problem = scale, scale * math.log2(math.e), Skv, Skv - Sq, blocks, key_blocks, Hkv, B * Hkv, H // Hkv
     grid = (B * Hkv * key_blocks,)
     if head_dim == 256:
-        from .hopper_bwd_wide import flash_attn_bwd_wide_kernel
+        from .hopper_bwd_wide import _flash_attn_bwd_wide_kernel
 
         launch(
-            flash_attn_bwd_wide_kernel,
+            _flash_attn_bwd_wide_kernel,
             grid,
             *tensors,
             sums,

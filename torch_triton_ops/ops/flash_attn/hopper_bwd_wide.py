@@ -345,7 +345,7 @@ def _dk_consumer(x):
         "group_rows",
     ]
 )
-def flash_attn_bwd_wide_kernel(
+def _flash_attn_bwd_wide_kernel(
     q_desc, k_desc, v_desc, dout_desc, rows_desc, sums_ptr, dk_desc, dv_desc,
     scale, scale_log2, Skv, first_place, query_blocks, key_blocks, H, BH, heads_per_kv, group_rows,
     SECTION: gl.constexpr, IS_CAUSAL: gl.constexpr, EVEN_N: gl.constexpr,
