@@ -123,6 +123,9 @@ def cases() -> Iterator[Case]:
     yield Case("flash_attn_uneven_heads", "flash_attn", attention(3, 3), "S1 S1 S1", "?", causal, local=False)
     # Hkv = 1: a rank would hold query heads and no key head
     yield Case("flash_attn_mqa_heads", "flash_attn", attention(4, 1), "S1 R R", "?", causal, local=False)
+    cu_seqlens = torch.tensor([0, 2, 2, 7])
+    packed = lambda: (randn(7, 4, 16), randn(7, 2, 16), randn(7, 2, 16), cu_seqlens, cu_seqlens, 5, 5)
+    yield Case("flash_attn_varlen_heads", "flash_attn_varlen", packed, "S1 S1 S1 R R - -", "S1", causal)
     yield Case("linear_data_parallel", "linear", linear(), "S0 R R", "S0", {"activation": "silu"})
     yield Case("linear_column_parallel", "linear", linear(), "R S0 S0", "S2", {"activation": "gelu"})
     yield Case("linear_column_parallel_none", "linear", linear(), "R S0 S0", "S2")
@@ -141,6 +144,8 @@ def cases() -> Iterator[Case]:
     yield Case("matmul_broadcast", "matmul", lambda: (randn(2, 3, 4), randn(4, 5)), "S0 R", "S0")
     yield Case("bmm_batch", "bmm", lambda: (randn(2, 3, 4), randn(2, 4, 5)), "S0 S0", "S0")
     yield Case("bmm_inner", "bmm", lambda: (randn(2, 3, 4), randn(2, 4, 5)), "S2 S1", "P")
+    head = lambda: (randn(4, 6), randn(9, 6), torch.arange(4), randn(9))
+    yield Case("linear_logprob_S0", "linear_logprob", head, "S0 R S0 R", "S0 S0", {"temperature": 0.7})
     ce = "cross_entropy"
     yield Case("cross_entropy_none", ce, logits(4, 9), "S0 S0", "S0", {"reduction": "none"})
     yield Case("cross_entropy_sum", ce, logits(4, 9), "S0 S0", "P", {"reduction": "sum", "softcap": 5.0})

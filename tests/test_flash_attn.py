@@ -45,7 +45,7 @@ PORTABLE_BACKWARD = [f"_flash_attn_bwd_{part}_kernel" for part in ("rows", "dkdv
 def test_all_its_files_count_as_its_source():
     """The compile caches and the GPU record's staleness hang on them."""
     files = {file.name for file in registry.spec("flash_attn").module_files()}
-    assert files >= {"__init__.py", "triton_kernels.py", "hopper.py", "hopper_bwd.py", "reference.py"}
+    assert files >= {"__init__.py", "triton_kernels.py", "hopper.py", "hopper_bwd.py", "reference.py", "varlen.py"}
 
 
 @pytest.mark.parametrize("target", [80, 100])
@@ -88,7 +88,9 @@ def test_hopper_backward(D, Sq):
 
 
 @pytest.mark.parametrize(
-    "call", [{"D": 64, "Sq": 128}, {"D": 256, "Sq": 64}, {"Sq": 64}, {"softcap": 5.0}, {"dtype": torch.float32}], ids=str
+    "call",
+    [{"D": 64, "Sq": 128}, {"D": 256, "Sq": 64}, {"Sq": 64}, {"softcap": 5.0}, {"dtype": torch.float32}],
+    ids=str,
 )
 def test_what_the_hopper_backward_lacks_is_portable(call):
     wanted = list(PORTABLE_BACKWARD)
@@ -106,6 +108,21 @@ def test_gradients_of_the_terms_have_kernels_of_their_own():
         term.requires_grad_(False)
     bias = torch.empty(256, device="meta", requires_grad=True)
     assert backward_kernels(attn_bias=bias)[3:] == ["_flash_attn_bwd_dbias_kernel"]
+
+
+def test_packed_sequences_run_the_same_kernels_and_need_no_lengths():
+    """On tensors without values; max_seqlen may be a SymInt (opcheck and torch.compile prove that)."""
+    q = torch.empty(300, 4, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    cu_seqlens = torch.empty(5, device="meta", dtype=torch.int32)
+
+    def run():
+        out = torch.ops.tt.flash_attn_varlen(q, q, q, cu_seqlens, cu_seqlens, 128, 128, causal=True)
+        torch.autograd.grad(out, q, torch.empty_like(out))
+
+    recorded = offline.record(run, 90)
+    assert [launch.kernel.__name__ for launch in recorded] == PORTABLE + PORTABLE_BACKWARD
+    blocks = 128 // recorded[0].constexprs["BLOCK_M"]  # of the longest
+    assert recorded[0].grid == (blocks * 4 * 4,)  # for each sequence and head
 
 
 def test_deterministic_algorithms_take_the_portable_backward():

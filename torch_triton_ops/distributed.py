@@ -200,6 +200,19 @@ def _batch_and_heads(call: _Call) -> Iterator[_Placements]:
         yield {name: Shard(1) for name, shape in call.tensors.items() if len(shape) >= 3 and name not in tables}
 
 
+def _packed_heads(call: _Call) -> Iterator[_Placements]:
+    """(tokens, H, D) tensors, and lse (H, tokens): the heads, where each rank keeps whole groups of them."""
+    from torch.distributed.tensor import Shard
+
+    if any(call.values.get(name) is not None for name in ("alibi_slopes", "sinks")):
+        return  # their own dimensions are the heads'
+    heads = [name for name, shape in call.inputs.items() if len(shape) == 3]
+    ranks = call.ranks(heads, 1)
+    if all(call.inputs[name][1] % ranks == 0 for name in heads):
+        found = {name: Shard(1) for name, shape in call.tensors.items() if len(shape) == 3}
+        yield found | {"lse": Shard(0)} if "lse" in call.tensors else found
+
+
 def _cross_entropy(call: _Call) -> Iterator[_Placements]:
     """The rows, for reduction none and sum. A mean needs the number of targets of all ranks, so it is replicated."""
     from torch.distributed.tensor import Partial, Shard
@@ -277,6 +290,7 @@ RULES: dict[str, _Rule] = {
     "batch": _batch,
     "reduction": _reduction,
     "batch_and_heads": _batch_and_heads,
+    "packed_heads": _packed_heads,
     "cross_entropy": _cross_entropy,
     "linear": _linear,
 }

@@ -34,7 +34,17 @@ DTYPES = {
 }
 VISIBILITY = ("triton", "opaque")
 AUTOCAST = ("float32", "autocast_dtype")
-SHARDING = ("elementwise", "transposed", "rowwise", "batch", "batch_and_heads", "cross_entropy", "linear", "reduction")
+SHARDING = (
+    "elementwise",
+    "transposed",
+    "rowwise",
+    "batch",
+    "batch_and_heads",
+    "packed_heads",
+    "cross_entropy",
+    "linear",
+    "reduction",
+)
 LESSONS = range(1, 13)
 # Ops of another vendor's plugin in the same namespace: never ours.
 RESERVED = ("scaled_dot_product_attention", "flash_mla_prefill", "sampling", "paged_update_cache", "fill_cache")

@@ -70,13 +70,32 @@ from torch_triton_ops.errors import bad_argument
 from torch_triton_ops.launch import capability, gluon_ready
 
 from . import triton_kernels
-from .reference import (  # noqa: F401 (the registration looks for the specification here)
-    arithmetic_dtype,
+from .common import arithmetic_dtype, check_options, dense_like, scale_of, visible_pairs, window
+from .reference import (  # noqa: F401 (the registration looks for both ops' functions here)
     flash_attn_bwd_reference,
     flash_attn_eager,
     flash_attn_fwd_reference,
     flash_attn_reference,
-    scale_of,
+)
+from .varlen import (  # noqa: F401
+    flash_attn_varlen,
+    flash_attn_varlen_backward,
+    flash_attn_varlen_bench_cases,
+    flash_attn_varlen_bwd,
+    flash_attn_varlen_bwd_fake,
+    flash_attn_varlen_bwd_reference,
+    flash_attn_varlen_check,
+    flash_attn_varlen_compile_samples,
+    flash_attn_varlen_cost,
+    flash_attn_varlen_eager,
+    flash_attn_varlen_error_samples,
+    flash_attn_varlen_fake,
+    flash_attn_varlen_forward,
+    flash_attn_varlen_fwd,
+    flash_attn_varlen_fwd_fake,
+    flash_attn_varlen_fwd_reference,
+    flash_attn_varlen_reference,
+    flash_attn_varlen_samples,
 )
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -98,7 +117,7 @@ def flash_attn(
     attn_bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out = _dense_like(q)
+    out = dense_like(q)
     options = (causal, scale, window_left, window_right, softcap, alibi_slopes, attn_bias, sinks)
     _forward(q, k, v, out, None, *options)
     return out
@@ -176,8 +195,8 @@ def flash_attn_bwd(
     if _takes_gluon(q.device, refusal):
         from . import hopper_bwd
 
-        gradients = (g if needed else _dense_like(x) for g, x, needed in zip(found, (q, k, v), needs, strict=False))
-        hopper_bwd.backward(dout, q, k, v, out, lse, *gradients, scale, right == 0)
+        dq, dk, dv = (g if needed else dense_like(x) for g, x, needed in zip(found, (q, k, v), needs, strict=False))
+        hopper_bwd.backward(dout, q, k, v, out, lse, dq, dk, dv, scale, right == 0)
     else:
         triton_kernels.backward(
             *(dout, q, k, v, out, lse),
@@ -256,28 +275,15 @@ def _gluon_bwd_refusal(
     return refusal
 
 
-def _window(causal: bool, window_left: int, window_right: int) -> tuple[int, int]:
-    """(left, right) with causal taken in; -1 where there is no bound."""
-    return window_left, 0 if causal else window_right
-
-
 def _bounds(Sq: int, Skv: int, causal: bool, window_left: int, window_right: int) -> tuple[int, int]:
-    """As `_window`, -1 also for a bound that cuts nothing off: what remains fits 32 bits and costs a mask only where needed."""
-    left, right = _window(causal, window_left, window_right)
+    """As `window`, -1 also for a bound that cuts nothing off: what remains fits 32 bits and costs a mask only where needed."""
+    left, right = window(causal, window_left, window_right)
     return left if 0 <= left < Skv - 1 else -1, right if 0 <= right < Sq - 1 else -1
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Outputs, and checks
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def _dense_like(x: torch.Tensor) -> torch.Tensor:
-    """Uninitialised, shape and dtype of x (B, H, S, D), dense, heads and rows nested as in x. See the module's docstring."""
-    B, H, S, D = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty((B, S, H, D)).transpose(1, 2)
-    return x.new_empty((B, H, S, D))
 
 
 def flash_attn_fake(
@@ -294,7 +300,7 @@ def flash_attn_fake(
     attn_bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _dense_like(q)
+    return dense_like(q)
 
 
 def flash_attn_fwd_fake(
@@ -310,7 +316,7 @@ def flash_attn_fwd_fake(
     attn_bias: torch.Tensor | None,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _dense_like(q), q.new_empty(q.shape[:3], dtype=arithmetic_dtype(q))
+    return dense_like(q), q.new_empty(q.shape[:3], dtype=arithmetic_dtype(q))
 
 
 def flash_attn_bwd_fake(
@@ -330,7 +336,7 @@ def flash_attn_bwd_fake(
     sinks: torch.Tensor | None,
     needs: list[bool],
 ) -> tuple[torch.Tensor, ...]:
-    found = [_dense_like(x) if needed else x.new_empty(0) for x, needed in zip((q, k, v), needs, strict=False)]
+    found = [dense_like(x) if needed else x.new_empty(0) for x, needed in zip((q, k, v), needs, strict=False)]
     for x, needed in zip((alibi_slopes, attn_bias, sinks), needs[3:], strict=True):
         found.append(x.new_empty(x.shape) if needed and x is not None else q.new_empty(0))
     return tuple(found)
@@ -356,33 +362,13 @@ def flash_attn_check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             bad(name, f"of shape {tuple(x.shape)}", "4 dimensions: (batch, heads, length, head size)")
-        if x.dtype != q.dtype:
-            bad(name, f"of dtype {x.dtype}", f"the dtype of q, {q.dtype}", TypeError)
-    B, Hq, Sq, D = q.shape
-    if not 16 <= D <= 256:
-        bad("q", f"of shape {tuple(q.shape)}", "a head size (the last dimension) from 16 to 256")
-    if k.shape[0] != B or k.shape[3] != D:
-        bad("k", f"of shape {tuple(k.shape)}", f"the batch and head size of q, ({B}, heads, length, {D})")
-    if v.shape != k.shape:
-        bad("v", f"of shape {tuple(v.shape)}", f"the shape of k, {tuple(k.shape)}")
-    Hkv = k.shape[1]
-    if Hq % Hkv if Hkv else Hq:
-        bad("k", f"of shape {tuple(k.shape)}", f"a number of heads that divides q's, {Hq}")
-    if scale is not None and not -math.inf < scale < math.inf:
-        bad("scale", scale, "a finite number, or None for 1 / sqrt(head size)")
-    for name, window in (("window_left", window_left), ("window_right", window_right)):
-        if window < -1:
-            bad(name, window, "a number of keys >= 0, or -1 for no bound")
-    if not 0 <= softcap < math.inf:
-        bad("softcap", softcap, "a finite number > 0, or 0 for none")
-    for name, x in (("alibi_slopes", alibi_slopes), ("attn_bias", attn_bias), ("sinks", sinks)):
-        if x is not None and not x.is_floating_point():
-            masks = "; for a mask of bools, 0 where it is True and -inf elsewhere" if name == "attn_bias" else ""
-            bad(name, f"of dtype {x.dtype}", f"a floating-point dtype{masks}", TypeError)
-    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)):
-        bad("alibi_slopes", f"of shape {tuple(alibi_slopes.shape)}", f"a slope per query head, ({Hq},) or ({B}, {Hq})")
-    if sinks is not None and tuple(sinks.shape) != (Hq,):
-        bad("sinks", f"of shape {tuple(sinks.shape)}", f"a logit per query head, ({Hq},)")
+    B, Hq, Sq, _ = q.shape
+    if k.shape[0] != B:
+        bad("k", f"of shape {tuple(k.shape)}", f"the batch of q, {B}")
+    check_options("flash_attn", q, k, v, B, scale, window_left, window_right, softcap, alibi_slopes, sinks)
+    if attn_bias is not None and not attn_bias.is_floating_point():
+        allowed = "a floating-point dtype; for a mask of bools, 0 where it is True and -inf elsewhere"
+        bad("attn_bias", f"of dtype {attn_bias.dtype}", allowed, TypeError)
     if attn_bias is not None:
         own, full = tuple(attn_bias.shape), (B, Hq, Sq, k.shape[2])
         wrong = (size not in (1, whole) for size, whole in zip(reversed(own), reversed(full), strict=False))
@@ -430,7 +416,7 @@ def flash_attn_samples(device: torch.device | str, dtype: torch.dtype) -> Iterat
         return tuple(torch.randn(B, H, S, D, device=device, dtype=dtype) for H, S in ((Hq, Sq), (Hkv, Skv), (Hkv, Skv)))
 
     # id, (B, Hq, Hkv, Sq, Skv, D), options
-    for name, shape, options in [
+    samples: list[tuple[str, tuple[int, int, int, int, int, int], dict[str, Any]]] = [
         ("one_query", (1, 1, 1, 1, 33, 16), {}),
         ("square", (1, 2, 2, 64, 64, 32), {}),
         ("odd", (2, 1, 1, 37, 91, 16), {}),
@@ -457,9 +443,10 @@ def flash_attn_samples(device: torch.device | str, dtype: torch.dtype) -> Iterat
         ("empty_q", (1, 2, 1, 0, 7, 16), {"causal": True}),
         ("empty_kv", (1, 2, 1, 5, 0, 16), {}),
         ("no_heads", (1, 0, 0, 5, 7, 16), {}),
-    ]:
+    ]
+    for name, shape, options in samples:
         yield Sample(name, qkv(*shape), options)
-    for name, shape, options in [
+    large: list[tuple[str, tuple[int, int, int, int, int, int], dict[str, Any]]] = [
         ("D64_causal", (2, 4, 4, 300, 300, 64), {"causal": True}),
         ("D80", (1, 2, 1, 200, 257, 80), {}),
         ("D96_gqa", (1, 4, 2, 257, 257, 96), {"causal": True}),
@@ -468,7 +455,8 @@ def flash_attn_samples(device: torch.device | str, dtype: torch.dtype) -> Iterat
         ("D128_window_softcap", (1, 4, 2, 700, 700, 128), {"causal": True, "window_left": 200, "softcap": 20.0}),
         ("D192", (1, 2, 2, 190, 310, 192), {"causal": True}),
         ("D256", (1, 4, 1, 320, 400, 256), {"causal": True}),
-    ]:
+    ]
+    for name, shape, options in large:
         yield Sample(name, qkv(*shape), options, slow_in_interpreter=True)
 
     def randn(*size: int) -> torch.Tensor:
@@ -478,7 +466,7 @@ def flash_attn_samples(device: torch.device | str, dtype: torch.dtype) -> Iterat
     hidden[0, :, :, 20:] = -math.inf  # a padding mask
     hidden[1] = -math.inf  # these queries see nothing
     # id, (B, Hq, Hkv, Sq, Skv, D), terms of the scores, options
-    for name, shape, terms, options in [
+    with_terms: list[tuple[str, tuple[int, int, int, int, int, int], dict[str, Any], dict[str, Any]]] = [
         ("alibi", (2, 4, 2, 37, 50, 16), {"alibi_slopes": randn(4) / 4}, {"causal": True}),
         ("alibi_batch", (2, 2, 2, 50, 37, 16), {"alibi_slopes": randn(2, 2) / 4}, {"softcap": 3.0}),
         ("bias", (2, 2, 1, 40, 70, 16), {"attn_bias": randn(2, 40, 70)}, {"causal": True}),
@@ -496,9 +484,10 @@ def flash_attn_samples(device: torch.device | str, dtype: torch.dtype) -> Iterat
             {"alibi_slopes": randn(4) / 4, "attn_bias": randn(2, 4, 40, 70), "sinks": randn(4)},
             {"softcap": 5.0, "window_left": 30, "causal": True},
         ),
-    ]:
+    ]
+    for name, shape, terms, options in with_terms:
         yield Sample(name, qkv(*shape), terms | options)
-    for name, shape, terms, options in [
+    large_with_terms: list[tuple[str, tuple[int, int, int, int, int, int], dict[str, Any], dict[str, Any]]] = [
         ("D64_alibi", (2, 4, 2, 300, 300, 64), {"alibi_slopes": randn(4) / 16}, {"causal": True}),
         ("D64_bias", (2, 4, 4, 257, 300, 64), {"attn_bias": randn(4, 257, 300)}, {"softcap": 10.0}),
         ("D128_sinks_window", (1, 8, 2, 515, 515, 128), {"sinks": randn(8)}, {"causal": True, "window_left": 100}),
@@ -514,7 +503,8 @@ def flash_attn_samples(device: torch.device | str, dtype: torch.dtype) -> Iterat
             {"alibi_slopes": randn(2, 2) / 16, "attn_bias": randn(257, 257), "sinks": randn(2)},
             {"causal": True, "window_left": 150, "softcap": 20.0},
         ),
-    ]:
+    ]
+    for name, shape, terms, options in large_with_terms:
         yield Sample(name, qkv(*shape), terms | options, slow_in_interpreter=True)
 
     B, H, S, D = 2, 3, 37, 16
@@ -601,27 +591,9 @@ def flash_attn_cost(
     sinks: torch.Tensor | None = None,
 ) -> Cost:
     B, H, Sq, D = q.shape
-    flops = 4 * B * H * D * _visible_pairs(Sq, k.shape[2], causal, window_left, window_right)
+    flops = 4 * B * H * D * visible_pairs(Sq, k.shape[2], causal, window_left, window_right)
     forward = 2 * q.numel() + k.numel() + v.numel()  # q, k, v; out
     backward = 4 * q.numel() + 2 * (k.numel() + v.numel())  # q, k, v, out, dout; dq, dk, dv
     itemsize = q.element_size()
     terms = sum(x.numel() * x.element_size() for x in (alibi_slopes, attn_bias, sinks) if x is not None)
     return Cost(flops, forward * itemsize + terms, flops * 5 // 2, backward * itemsize + 2 * terms)
-
-
-def _visible_pairs(Sq: int, Skv: int, causal: bool, window_left: int, window_right: int) -> int:
-    """How many pairs (query, key) see each other."""
-    left, right = _window(causal, window_left, window_right)
-
-    def below(n: int) -> int:
-        """Sum of min(t, Skv) for 0 <= t < n."""
-        n = max(n, 0)
-        ramp = min(n, Skv + 1)
-        return ramp * (ramp - 1) // 2 + (n - ramp) * Skv
-
-    def keys_before(shift: int) -> int:
-        """How many pairs (i, j) have j < p(i) + shift."""
-        return below(Skv + shift) - below(Skv - Sq + shift)
-
-    pairs = keys_before(right + 1) if right >= 0 else Sq * Skv
-    return pairs - keys_before(-left) if left >= 0 else pairs

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from .common import arithmetic_dtype, dense_copy, heads_per_kv, scale_of, window
+
 
 def flash_attn_reference(
     q: torch.Tensor,
@@ -135,7 +137,7 @@ def flash_attn_bwd_reference(
         for gradient, x, needed in zip((dq, dk, dv), (q, k, v), needs, strict=False)
     ]
     for gradient, x, needed in zip((dslopes, dbias, dsinks), (alibi_slopes, attn_bias, sinks), needs[3:], strict=True):
-        found.append(gradient.to(x.dtype, copy=True).contiguous() if needed else q.new_empty(0))
+        found.append(gradient.to(x.dtype, copy=True).contiguous() if needed and x is not None else q.new_empty(0))
     return tuple(found)
 
 
@@ -149,13 +151,13 @@ def _add_terms(score: torch.Tensor, alibi_slopes: torch.Tensor | None, attn_bias
 
 def _hide(score: torch.Tensor, causal: bool, window_left: int, window_right: int) -> torch.Tensor:
     """-inf where query i does not see key j."""
-    right = 0 if causal else window_right
+    left, right = window(causal, window_left, window_right)
     place = _places(score.shape[2], score.shape[3], score.device)
     visible = torch.ones_like(place, dtype=torch.bool)
     if right >= 0:
         visible &= place <= right
-    if window_left >= 0:
-        visible &= place >= -window_left
+    if left >= 0:
+        visible &= place >= -left
     return score.masked_fill(~visible, -math.inf)
 
 
@@ -174,27 +176,3 @@ def _softmax(score: torch.Tensor) -> torch.Tensor:
 def _places(Sq: int, Skv: int, device: torch.device) -> torch.Tensor:
     """(Sq, Skv): j - p(i), where key j stands seen from query i."""
     return torch.arange(Skv, device=device) - (torch.arange(Sq, device=device) + (Skv - Sq))[:, None]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What the launchers ask, too
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def heads_per_kv(q: torch.Tensor, k: torch.Tensor) -> int:
-    """Query heads per key head."""
-    return q.shape[1] // k.shape[1] if k.shape[1] else 1
-
-
-def scale_of(q: torch.Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
-
-
-def arithmetic_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def dense_copy(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`value` in the dtype and memory layout of `dense_like(x)`; differentiable."""
-    value = value.to(x.dtype)
-    return value.transpose(1, 2).contiguous().transpose(1, 2) if x.stride(1) < x.stride(2) else value.contiguous()

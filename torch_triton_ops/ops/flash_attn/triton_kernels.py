@@ -11,8 +11,7 @@ added atomically, and results repeat bit for bit. In float32 the last runs once 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -209,9 +208,7 @@ def _attend(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     if SOFTCAP > 0:
         s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32)
-        UNIT: tl.constexpr = SOFTCAP * LOG2E
-    else:
-        UNIT: tl.constexpr = SCALE * LOG2E
+    UNIT: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
     if MASKED or HAS_ALIBI or bias_ptr is not None:
         i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
         s = _add_terms(
@@ -374,9 +371,7 @@ def _dkdv_step(
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
     if SOFTCAP > 0:
         s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32)
-        UNIT: tl.constexpr = SOFTCAP * LOG2E
-    else:
-        UNIT: tl.constexpr = SCALE * LOG2E
+    UNIT: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
     score = _add_terms(
         s * UNIT, slope, bias_ptr, start_m, start_n, tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None],
         Sq, Skv, stride_bm, stride_bn, HAS_ALIBI, True, LOG2E,
@@ -486,9 +481,7 @@ def _dq_step(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     if SOFTCAP > 0:
         s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32)
-        UNIT: tl.constexpr = SOFTCAP * LOG2E
-    else:
-        UNIT: tl.constexpr = SCALE * LOG2E
+    UNIT: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
     i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     score = _add_terms(
         s * UNIT, slope, bias_ptr, start_m, start_n, i, j, Sq, Skv, stride_bm, stride_bn, HAS_ALIBI, MASKED, LOG2E
@@ -858,9 +851,17 @@ _CONFIGS: dict[str, dict[str, dict[str, tuple[int, int, int, int]]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a call asks for besides q, k, v. left, right: the window's two bounds; cu_*: where packed sequences begin."""
+class Packing(NamedTuple):
+    """Packed sequences: where they begin, (B + 1,), and the longest length of each."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+class Options(NamedTuple):
+    """What a call asks for besides q, k and v. left, right: the window's two bounds."""
 
     scale: float
     softcap: float
@@ -869,26 +870,23 @@ class Options:
     alibi_slopes: torch.Tensor | None = None
     attn_bias: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
-    cu_seqlens_q: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
+    packing: Packing | None = None
 
 
 class _Call:
     """The arguments that the kernels of one call share."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> None:
-        self.q, self.k, self.v, self.options = q, k, v, options
-        self.packed = options.cu_seqlens_q is not None
+        self.q, self.options = q, options
         self.H, self.Hkv, self.D = q.shape[1], k.shape[1], q.shape[-1]
-        if options.cu_seqlens_q is not None and options.cu_seqlens_k is not None:
-            self.B = options.cu_seqlens_q.shape[0] - 1
-            self.Sq, self.Skv, self.Tq = options.max_seqlen_q, options.max_seqlen_k, q.shape[0]
-            self.cu = (options.cu_seqlens_q.contiguous(), options.cu_seqlens_k.contiguous())
+        self.packed = options.packing is not None
+        self.cu: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self.Tq: int | None = None
+        if options.packing is not None:
+            cu_q, cu_k, self.Sq, self.Skv = options.packing
+            self.cu, self.B, self.Tq = (cu_q.contiguous(), cu_k.contiguous()), cu_q.shape[0] - 1, q.shape[0]
         else:
-            self.B, self.Sq, self.Skv, self.Tq = q.shape[0], q.shape[2], k.shape[2], None
-            self.cu = (None, None)
+            self.B, self.Sq, self.Skv = q.shape[0], q.shape[2], k.shape[2]
         slopes, bias, sinks = options.alibi_slopes, options.attn_bias, options.sinks
         self.slopes = None if slopes is None else slopes.contiguous()
         self.bias = bias
