@@ -28,6 +28,36 @@ def decode_fp8(bits, dtype: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.con
         return tl.where((bits & 0x7F) == 0x7F, float("nan"), x).to(dtype)
 
 
+# Two int16 in a register, each of two codes: the lower codes as a pair of fp16, then the upper ones. For Triton the codes of a
+# tile of 8-bit operands would have to be fetched one by one: shared memory is transposed by units of 16 bits.
+_E4M3_PAIRS = tl.constexpr("""
+{
+    .reg .b16 first, second;
+    .reg .b32 a, b;
+    mov.b32 {first, second}, $2;
+    cvt.rn.f16x2.e4m3x2 a, first;
+    cvt.rn.f16x2.e4m3x2 b, second;
+    prmt.b32 $0, a, b, 0x5410;
+    prmt.b32 $1, a, b, 0x7632;
+}
+""")
+_E5M2_PAIRS = tl.constexpr("""
+    prmt.b32 $0, $2, 0, 0x2404;
+    and.b32 $1, $2, 0xff00ff00;
+""")
+
+
+@triton.jit
+def decode_fp8_pairs(codes, dtype: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
+    """int16, each of two codes, to `dtype`: those of the lower bytes, those of the upper ones."""
+    if NATIVE and dtype == tl.float16:
+        ASM: tl.constexpr = _E4M3_PAIRS if MANTISSA == 3 else _E5M2_PAIRS
+        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+    else:
+        lower, upper = (codes & 0xFF).to(tl.uint8), ((codes >> 8) & 0xFF).to(tl.uint8)
+        return decode_fp8(lower, dtype, MANTISSA, NATIVE), decode_fp8(upper, dtype, MANTISSA, NATIVE)
+
+
 @triton.jit
 def encode_fp8(x, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
     """fp32 to codes: nearest, ties to even; beyond the largest finite value that value, also from infinity; NaN stays."""

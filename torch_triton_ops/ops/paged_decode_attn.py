@@ -49,8 +49,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.errors import bad_argument
-from torch_triton_ops.float8 import MANTISSA, decode_fp8
-from torch_triton_ops.launch import INTERPRET, capability, cdiv, launch, next_power_of_2, sm_count
+from torch_triton_ops.float8 import MANTISSA, decode_fp8, decode_fp8_pairs
+from torch_triton_ops.launch import INTERPRET, aligned, capability, cdiv, launch, next_power_of_2, sm_count
 from torch_triton_ops.special import exp_fp32
 
 _MAX_TOKENS = 8
@@ -193,9 +193,9 @@ def _rounded(x, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _binade(q):
-    """For each row the power of two 2^e <= max |q| < 2^(e+1), and its inverse."""
-    field = tl.max(tl.abs(q), 1).to(tl.int32, bitcast=True) >> 23
+def _binade(x):
+    """The power of two 2^e <= x < 2^(e+1), and its inverse."""
+    field = x.to(tl.int32, bitcast=True) >> 23
     field = tl.minimum(tl.maximum(field, 1), 253)
     return (field << 23).to(tl.float32, bitcast=True), ((254 - field) << 23).to(tl.float32, bitcast=True)
 
@@ -248,6 +248,7 @@ def _paged_decode_attn_fwd_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     FP8: tl.constexpr,
+    PAIRS: tl.constexpr,
     NATIVE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -257,6 +258,8 @@ def _paged_decode_attn_fwd_kernel(
     PDL: tl.constexpr,
 ):
     """One split of one key head of one sequence. T new tokens, G query heads of each key head; no window: `capacity`.
+
+    PAIRS: the caches are int16 of two float8 each; even and odd elements of a head are multiplied apart.
 
     With one split at most lse_ptr is None and the result goes to out_ptr (B, T, Hq, D). Otherwise out_ptr gets each split's own
     weighted mean, (B, T, Hq, splits, D) in fp32, and lse_ptr the logarithm of its weight, (B, T, Hq, splits).
@@ -284,26 +287,34 @@ def _paged_decode_attn_fwd_kernel(
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # row: query head rows % G of the group, new token rows // G
     token, head = rows // G, h * G + rows % G
     mask_m = rows < T * G
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)  # of unusual layouts a stride may be large
-    mask_d = offs_d < HEAD_DIM
+    STEP: tl.constexpr = 2 if PAIRS else 1  # elements of a head in a column of the cache
+    offs_c = tl.arange(0, BLOCK_D // STEP).to(tl.int64)  # of unusual layouts a stride may be large
+    mask_c = offs_c < HEAD_DIM // STEP
     q_rows = q_ptr + b * stride_qb + token.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh  # (BLOCK_M,)
-    q = tl.load(q_rows[:, None] + offs_d[None, :] * stride_qd, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+    q_ptrs = q_rows[:, None] + (offs_c * STEP)[None, :] * stride_qd
+    q = tl.load(q_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+    if PAIRS:
+        q_odd = tl.load(q_ptrs + stride_qd, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
     unit = tl.full((BLOCK_M,), SCALE, tl.float32)
     if k_scale_ptr is not None:
         unit *= tl.load(k_scale_ptr + h * stride_ksh)
-    if UPCAST:
-        dtype: tl.constexpr = tl.float32
-    elif FP8 != 0 and not PRECISE:
-        # Products in fp16, to which a float8 converts in one instruction; bf16 queries fit after a shift of their exponents.
-        dtype: tl.constexpr = tl.float16
-    else:
-        dtype: tl.constexpr = q_ptr.dtype.element_ty
+    # float8: products in fp16, to which it converts in one instruction; bf16 queries fit after a shift of their exponents.
+    HALF: tl.constexpr = tl.float16 if FP8 != 0 and not PRECISE else q_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float32 if UPCAST else HALF
     if dtype == tl.float16 and q_ptr.dtype.element_ty == tl.bfloat16:
         q = q.to(tl.float32)
-        binade, inverse = _binade(q)
-        q *= inverse[:, None]
+        largest = tl.max(tl.abs(q), 1)
+        if PAIRS:
+            q_odd = q_odd.to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(q_odd), 1))
+        binade, inverse = _binade(largest)
         unit *= binade
+        q *= inverse[:, None]
+        if PAIRS:
+            q_odd *= inverse[:, None]
     q = q.to(dtype)
+    if PAIRS:
+        q_odd = q_odd.to(dtype)
     position = length - T + token  # (BLOCK_M,)
 
     k_head = k_ptr + tl.cast(h, tl.int64) * stride_kh
@@ -311,7 +322,9 @@ def _paged_decode_attn_fwd_kernel(
     table_row = table_ptr + b * stride_tb
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D // STEP), tl.float32)
+    if PAIRS:
+        acc_odd = tl.zeros((BLOCK_M, BLOCK_D // STEP), tl.float32)
     for tile in range(begin, end):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
@@ -325,10 +338,15 @@ def _paged_decode_attn_fwd_kernel(
             k_rows, v_rows = pages * stride_kp + slot * stride_ks, pages * stride_vp + slot * stride_vs
         mask_k, mask_v = mask_n[None, :], mask_n[:, None]
         if HEAD_DIM < BLOCK_D:
-            mask_k, mask_v = mask_k & mask_d[:, None], mask_v & mask_d[None, :]
-        k = tl.load(k_head + k_rows[None, :] + offs_d[:, None] * stride_kd, mask=mask_k, other=0)
-        k = _operand(k, dtype, FP8, NATIVE)
-        s = tl.dot(q, k, input_precision=PRECISION) * unit[:, None]  # (BLOCK_M, BLOCK_N)
+            mask_k, mask_v = mask_k & mask_c[:, None], mask_v & mask_c[None, :]
+        k = tl.load(k_head + k_rows[None, :] + offs_c[:, None] * stride_kd, mask=mask_k, other=0)
+        if PAIRS:
+            k, k_odd = decode_fp8_pairs(k, dtype, FP8, NATIVE)
+            s = tl.dot(q_odd, k_odd, input_precision=PRECISION)
+            s = tl.dot(q, k, s, input_precision=PRECISION)
+        else:
+            s = tl.dot(q, _operand(k, dtype, FP8, NATIVE), input_precision=PRECISION)
+        s *= unit[:, None]  # (BLOCK_M, BLOCK_N)
         if SOFTCAP > 0:
             s = SOFTCAP * _tanh(s / SOFTCAP, PRECISE)
         visible = offs_n[None, :] <= position[:, None]
@@ -341,11 +359,20 @@ def _paged_decode_attn_fwd_kernel(
         p = _exp(s - shift[:, None], PRECISE)
         alpha = _exp(m - shift, PRECISE)
         total = total * alpha + tl.sum(p, 1)
-        v = tl.load(v_head + v_rows[:, None] + offs_d[None, :] * stride_vd, mask=mask_v, other=0)
-        v = _operand(v, dtype, FP8, NATIVE)
-        acc = tl.dot(p.to(dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # (BLOCK_M, BLOCK_D)
+        p = p.to(dtype)
+        v = tl.load(v_head + v_rows[:, None] + offs_c[None, :] * stride_vd, mask=mask_v, other=0)
+        if PAIRS:
+            v, v_odd = decode_fp8_pairs(v, dtype, FP8, NATIVE)
+            acc_odd = tl.dot(p, v_odd, acc_odd * alpha[:, None], input_precision=PRECISION)
+        else:
+            v = _operand(v, dtype, FP8, NATIVE)
+        acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)  # (BLOCK_M, BLOCK_D / STEP)
         m = m_new
 
+    if PAIRS:
+        acc = tl.interleave(acc, acc_odd)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
     divisor = tl.where(total > 0, total, 1.0)  # nothing visible: zeros
     out = acc / divisor[:, None]
     if v_scale_ptr is not None:
@@ -456,11 +483,13 @@ def paged_decode_attn(
     has_window = 0 <= window_left < capacity
     window_left = window_left if has_window else capacity
     fp8 = MANTISSA.get(k_cache.dtype, 0)
-    if fp8:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    group = Hq // Hkv
     BLOCK_D = max(16, next_power_of_2(D))
     BLOCK_N = min(128, max(16, _TILE_BYTES // (BLOCK_D * k_cache.element_size())))
+    pairs = bool(fp8) and BLOCK_D > 16 and _holds_pairs(k_cache) and _holds_pairs(v_cache)
+    if fp8:
+        codes = torch.int16 if pairs else torch.uint8
+        k_cache, v_cache = k_cache.view(codes), v_cache.view(codes)
+    group = Hq // Hkv
     BLOCK_M = min(64 if BLOCK_D <= 128 else 32, max(16, next_power_of_2(T * group)))
     m_blocks = cdiv(T * group, BLOCK_M)
     visible = min(capacity, window_left + T + BLOCK_N)
@@ -483,6 +512,7 @@ def paged_decode_attn(
         HEAD_DIM=D,
         PAGE=page,
         FP8=fp8,
+        PAIRS=pairs,
         NATIVE=capability(q.device) >= 89,
         UPCAST=INTERPRET,
         PRECISION="ieee",
@@ -533,6 +563,12 @@ def _sizes(q: torch.Tensor) -> tuple[int, int, int, int]:
 
 def _scale(q: torch.Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _holds_pairs(cache: torch.Tensor) -> bool:
+    """Whether two neighbours of a head's bytes can be read as one int16."""
+    *outer, inner = cache.stride()
+    return inner == 1 and cache.shape[3] % 2 == 0 and all(s % 2 == 0 for s in outer) and aligned(cache)
 
 
 def _head_stride(factor: torch.Tensor | None) -> int:
