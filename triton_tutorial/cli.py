@@ -833,6 +833,7 @@ def rlhf(
     json_: JsonFlag = False,
 ) -> int:
     """Tune a small language model to what you like: two answers, you choose, it learns at once. Goes on where it was."""
+    os.environ.pop("TRITON_INTERPRET", None)  # on a CPU the references are meant, not interpreted kernels
     _need_torch()
     import torch
 

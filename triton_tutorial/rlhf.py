@@ -146,10 +146,8 @@ def run(folder: Path, given: dict[str, Any], rounds: int | None, device: torch.d
         s = settings(folder, given)
         base = Base.get(folder / "base.pt", s, device, out)
         tokenizer, config = small.tokenizer(base.words), base.model.config
-        prompts = read_prompts(Path(s.prompts)) if s.prompts else small.prompts()
-        held_out, prompts = (
-            (prompts, prompts) if s.prompts else (prompts[:HELD_OUT_PROMPTS], prompts[HELD_OUT_PROMPTS:])
-        )
+        held_out = small.prompts()[:HELD_OUT_PROMPTS]
+        prompts = read_prompts(Path(s.prompts)) if s.prompts else small.prompts()[HELD_OUT_PROMPTS:]
         torch.manual_seed(s.seed)
         policy = copy.deepcopy(base.model)
         tuner = PreferenceTuner(

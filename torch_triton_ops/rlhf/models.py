@@ -58,7 +58,10 @@ def hugging_face_hidden(model: Any, tokens: Tensor) -> Hidden:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token numbers and back. `end` follows every answer, and begins an empty prompt."""
+    """Text to token numbers and back. `end` follows every answer, and begins an empty prompt.
+
+    `encode` adds nothing of its own: what must begin a text, a chat template's markers for instance, stands in the prompt.
+    """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]

@@ -121,6 +121,9 @@ class Session:
         temperature: of the sampling, above 0.
         save_every: rounds between checkpoints. The journal is always whole: a checkpoint only saves learning it again.
 
+    A folder must be opened again with the options, models and prompts that it was begun with: it does not keep them.
+    (`triton-tutorial rlhf` does, in session.json and base.pt.)
+
     Raises PreferenceError, with file and line, for a journal that cannot be read. A last line without its end, which a
     process left that died while it wrote, was not acknowledged to the user and is dropped.
     """

@@ -9,6 +9,7 @@ Tokens are the words that the text has often, with the space before them, and by
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -70,16 +71,20 @@ class SmallLM(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def sentences() -> list[str]:
+@functools.cache
+def sentences() -> tuple[str, ...]:
     """The sentences of the Python reference that are prose and of moderate length, in its order."""
-    from pydoc_data.topics import topics
-
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        message = "this Python came without pydoc_data.topics; use a Python with its whole standard library"
+        raise ModuleNotFoundError(message) from error
     found: list[str] = []
     for name in sorted(topics):
         for paragraph in re.split(r"\n\s*\n", topics[name]):
             text = " ".join(paragraph.split())
             found += filter(_PROSE.fullmatch, re.split(r"(?<=[a-z)]\.) (?=[A-Z])", text))
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
 def words() -> list[str]:

@@ -93,10 +93,10 @@ class TunerConfig:
 class Report:
     """What one update did, as it stood before the weights changed.
 
-    `loss`, `accuracy` (share of pairs whose chosen answer gained more over the reference than the rejected one) and `margin`
-    (by how much, in DPO's rewards) are of the policy; `reward_loss` and `reward_accuracy` are None without a reward model.
-    `grad_norm` is that of the policy before it was cut: infinite or NaN where float16's loss scale was too high, and then
-    the weights stayed as they were.
+    Of the policy: `loss`, with the SFT term if there is one; `accuracy`, the share of pairs whose chosen answer gained more
+    over the reference than the rejected one; `margin`, by how much, in DPO's rewards; `grad_norm` before it was cut, infinite or
+    NaN where float16's loss scale was too high, and then the weights stayed as they were. Of the reward model, or None without
+    one: `reward_loss`, `reward_accuracy`.
     """
 
     step: int
