@@ -477,21 +477,22 @@ gains = [
     lesson.figure("matmul", before, "us") / lesson.figure("matmul", after, "us")
     for before, after in itertools.pairwise(steps)
 ]
+side = lesson.size(512, 1024)  # the smallest
 small, cublas_small, plain_small = (
-    lesson.figure("matmul", name, "us", f"{n}x{n}x{n}")
-    for n in lesson.size((512,), (1024,))
+    lesson.figure("matmul", name, "us", f"{side}x{side}x{side}")
     for name in ("128 x 256, halves", "cuBLAS (torch)", "TMA")
 )
 lesson.say(
     f"""
     What each step gained at the largest size: grouped order {gains[0]:.2f} times, pipelining {gains[1]:.2f}, TMA
     {gains[2]:.2f}, persistence {gains[3]:.2f}, the wide tile {gains[4]:.2f}. So persistence by itself gained next to nothing:
-    with K = 4096 a tile is 64 steps long, beside which starting and storing it are little. It is there for the wide tile,
-    whose store is twice as long.
+    a tile is many steps long (64 for K = 4096), beside which starting and storing it are little. It is there for the wide
+    tile, whose store is twice as long.
 
-    And a fast kernel at one size is not one at another. At the smallest size of the figure the last rung takes {small:.1f}
-    us, rung 5 {plain_small:.1f} us, cuBLAS {cublas_small:.1f} us, {small / cublas_small:.1f} times as fast as our best: a
-    result of 1024 x 1024 is 32 tiles of 128 x 256, for 132 SMs. A library chooses tiles by size, and so does the shipped op.
+    And a fast kernel at one size is not one at another. At {side} the last rung takes {small:.1f} us, rung 5
+    {plain_small:.1f} us, and cuBLAS {cublas_small:.1f} us: {small / cublas_small:.1f} times as fast as the one,
+    {plain_small / cublas_small:.1f} times as fast as the other. A result of {side} x {side} is {side // 128 * (side // 256)}
+    tiles of 128 x 256, for 132 SMs. A library chooses tiles by size, and so does the shipped op.
     """
 )
 
