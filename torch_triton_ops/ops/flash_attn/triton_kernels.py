@@ -754,7 +754,7 @@ _GROUP = 8
 def _config(kernel: str, x: torch.Tensor, crowd: str) -> dict[str, int]:
     """Tile and launch options for kernel "fwd", "dkdv", "dq" or "dbias": the largest tiles that compile without a spill.
 
-    crowd: which options need registers of their own, "", "crowded", "bias" or "bias crowded"; the next best entry counts.
+    crowd: which options need registers of their own, a key of _SUFFIXES.
 
     Eight warps also where four would do: some 4-warp products were miscompiled for SM90.
     """
@@ -780,6 +780,7 @@ def _config(kernel: str, x: torch.Tensor, crowd: str) -> dict[str, int]:
 _SUFFIXES = {
     "": ("",),
     "crowded": (" crowded", ""),
+    "packed": (" packed", " crowded", ""),
     "bias": (" bias", " crowded", ""),
     "bias crowded": (" bias crowded", " bias", " crowded", ""),
 }
@@ -788,6 +789,7 @@ _CONFIGS: dict[str, dict[str, dict[str, tuple[int, int, int, int]]]] = {
     "sm90": {
         "fwd": {
             "narrow": (128, 128, 8, 2),
+            "narrow packed": (128, 64, 8, 2),
             "narrow bias": (128, 64, 8, 2),
             "128": (128, 128, 8, 2),
             "128 crowded": (128, 64, 8, 2),
@@ -910,7 +912,7 @@ class _Call:
 
     def constexprs(self, kernel: str) -> dict[str, Any]:
         return {
-            **_config(kernel, self.q, self.crowd),
+            **_config(kernel, self.q, "packed" if self.packed and kernel == "fwd" else self.crowd),
             "SCALE": self.options.scale,
             "SOFTCAP": float(self.options.softcap),
             "HAS_LEFT": self.options.left >= 0,
