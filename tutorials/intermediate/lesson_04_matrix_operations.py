@@ -717,7 +717,7 @@ if ratio is not None:
     lesson.say(
         f"With the most rows arithmetic decides again, and there the shipped op is"
         f" {'behind cuBLAS' if ratio < 0.97 else 'level with cuBLAS' if ratio < 1.03 else 'ahead of cuBLAS'}, at {ratio:.2f}"
-        f" times its rate: which tile fits 1024 x 14336 best is a matter of a few per cent of idle SMs."
+        f" times its rate."
     )
 
 # %% [markdown]
