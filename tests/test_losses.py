@@ -1,17 +1,19 @@
 """The losses against their papers' formulas, written here once more in plain fp64; against Liger's and TRL's where installed.
 
-In this process CPU tensors run the references. `test_kernels_agree_with_the_formulas` runs the same cases, and the limits, on the
-kernels, in a process with TRITON_INTERPRET=1.
+In this process CPU tensors run the references. `test_kernels_agree_with_the_formulas` runs the same cases, the limits and
+examples/my_loss on the kernels, in a process with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import torch_triton_ops
-from torch_triton_ops import load_registry
+from torch_triton_ops import load_registry, testing
 
 tt = torch.ops.tt
 ROOT = Path(__file__).resolve().parents[1]
@@ -449,17 +451,15 @@ def test_the_example_computes_what_it_says(my_losses: Path) -> None:
         torch.ops.my.brier_loss(x, label[:3])
 
 
-def test_the_examples_kernels_in_the_interpreter(my_losses: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = my_losses / "check.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("my::")] == [
-        "my::log_cosh_loss on cpu: passed",
-        "my::brier_loss on cpu: passed",
-    ]
+def test_the_examples_own_check_passes(my_losses: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Its script, with few of the checks; `test_kernels_agree_with_the_formulas` runs its kernels."""
+    few = partial(testing.check_op, device="cpu", checks=["gradients", "gradcheck", "errors", "coverage"])
+    monkeypatch.setattr(testing, "check_op", few)
+    monkeypatch.setattr(torch_triton_ops, "load_registry", lambda path: torch_triton_ops.specs("my"))
+    assert runpy.run_path(str(my_losses / "check.py"))["main"]() == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if line.startswith("my::")]
+    assert {"my::log_cosh_loss on cpu: passed", "my::brier_loss on cpu: passed"} <= set(found)
 
 
 WRONG = """
@@ -493,12 +493,10 @@ WRONG_YAML = """
 
 
 def test_a_wrong_derivative_is_found(tmp_path: Path) -> None:
-    from torch_triton_ops.testing import check_op
-
     (tmp_path / "wrong_exp_loss.py").write_text(WRONG)
     (tmp_path / "wrong.yaml").write_text(WRONG_YAML)
     load_registry(tmp_path / "wrong.yaml")
-    report = check_op("wrong::exp_loss", device="cpu", checks=["gradients", "gradcheck"])
+    report = testing.check_op("wrong::exp_loss", device="cpu", checks=["gradients", "gradcheck"])
     assert {r.check for r in report.failures} == {"gradients", "gradcheck"}
 
 
@@ -508,4 +506,6 @@ if __name__ == "__main__":
         check_case(*one)
     for limit in LIMITS:
         limit()
+    for spec in load_registry(ROOT / "examples" / "my_loss" / "my_losses.yaml"):
+        testing.check_op(spec.qualname, device="cpu", checks=["guard", "gradients"]).raise_if_failed()
     print("checked", len(every) + len(LIMITS))
