@@ -28,7 +28,9 @@ merged by a second kernel in a fixed order, hence the same bits every time. Thei
 table's width and the number of SMs; each program divides its own sequence's length by it, so that short sequences in a wide
 table still occupy the GPU, and programs beyond the end return at once. Nothing is read on the host: safe in a CUDA graph.
 
-Bytes: keys and values of every sequence once; the partial results are about 1 % of that. float32 products are IEEE.
+Bytes: keys and values of every sequence once; the partial results are about 1 % of that. float32 products are IEEE. Those of a
+float8 cache are in float16, which holds every float8, except for float32 queries; caches whose last stride is 1, the others even
+and D even and above 16, are read by pairs, which is faster.
 
 Forward only. Errors: ValueError, TypeError for shapes, dtypes and options outside the table.
 
