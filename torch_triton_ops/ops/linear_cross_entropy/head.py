@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +34,9 @@ from .kernels import (
     _lce_tma_kernel,
 )
 
-# Bytes of the logits of one chunk of rows, when their gradient is computed from them. Measured on an H200: fewer and larger
-# chunks are faster, since each adds to the weight's gradient, which is read and written again.
-_LCE_ROWS_BYTES = 640 * 2**20
+# Bytes of the logits of one chunk of rows, when their gradient is computed from them. Each chunk but the first reads and writes
+# the weight's gradient once more: bench/results/tuning/nvidia_h200/linear_cross_entropy.json has times by number of chunks.
+_LCE_ROWS_BYTES = 2**30
 # Rows whose weight gradients are added up at the weight's own half precision: more chunks than this add in float32.
 _LCE_ROUNDED_CHUNKS = 4
 # Bytes of the logits' gradient for one chunk of the vocabulary, when the log-sum-exp is known.
@@ -63,7 +64,8 @@ class _LceOptions(NamedTuple):
         }
 
 
-class _LceRows(NamedTuple):
+@dataclass(frozen=True)
+class _LceRows:
     """The rows that count, on the GPU."""
 
     index: torch.Tensor  # (M,), int32: which they are; undefined past their number
@@ -104,13 +106,19 @@ class _LceHead(NamedTuple):
         dtype = torch.float32 if INTERPRET else self.hidden.dtype
         return self.hidden.new_empty((R, _lce_padded(columns, self.hidden.element_size())), dtype=dtype)[:, :columns]
 
-    def config(self) -> _LceConfig:
+    def config(self, options: _LceOptions | None = None) -> _LceConfig:
+        """The tile of a product; `options` for a product of logits."""
         if INTERPRET:
-            return _LceConfig(128, 128, 128, 4, 1, "ieee")
+            return _LceConfig(256, 256, 256, 4, 1, "ieee")
         if self.tma:
+            # a softcap's tanh, and on sm_100 an entropy too, leaves no registers for the widest accumulator
+            blackwell = capability(self.weight.device) >= 100
+            if options is not None and (options.softcap or (options.entropy and blackwell)):
+                return _LceConfig(*((64, 128, 64, 4, 5) if blackwell else (128, 128, 64, 8, 5)), "tf32")
             return _LceConfig(128, 256, 64, 8, 4, "tf32")
         if self.hidden.element_size() == 2:
-            return _LceConfig(128, 128, 64, 8, 3, "tf32")
+            # without 16-byte loads every element has a pointer of its own: smaller blocks leave registers for them
+            return _LceConfig(*((128, 128, 64, 8, 3) if self.hidden.shape[1] % 8 == 0 else (64, 64, 32, 4, 3)), "tf32")
         # torch >= 2.9 has fp32_precision, and raises on the older name once a program has set it
         settings = torch.backends.cuda.matmul
         tf32 = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
@@ -165,7 +173,7 @@ def _lce_gemm(
     "partial": plus `add`, if given, to `out` (split, R, N), float32.
     """
     (M, K), N = a.shape, b.shape[0]
-    config = head.config()
+    config = head.config(options)
     shared: dict[str, Any] = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -178,7 +186,7 @@ def _lce_gemm(
         "HAS_BIAS": bias is not None,
         "STORE": out is not None,
         "ADD": add is not None,
-        "EVEN_N": N % config.block_n == 0,
+        "EVEN_N": epilogue == "statistics" and N % config.block_n == 0,
         **(options or _LceOptions()).epilogue(),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -235,7 +243,7 @@ def _lce_index(target: torch.Tensor, ignore_index: int, divisor: torch.Tensor) -
     """`divisor` is written to."""
     M = target.shape[0]
     rows = _LceRows(target.new_empty(M, dtype=torch.int32), target.new_empty(1, dtype=torch.int32), divisor)
-    launch(_lce_index_kernel, (1,), target, *rows, M, ignore_index, BLOCK_M=4096, num_warps=8)
+    launch(_lce_index_kernel, (1,), target, rows.index, rows.count, divisor, M, ignore_index, BLOCK_M=4096, num_warps=8)
     return rows
 
 
@@ -284,13 +292,13 @@ def _lce_columns_per_chunk(R: int, V: int, itemsize: int) -> int:
 
 
 def _lce_split(R: int, H: int, columns: int, sms: int) -> int:
-    """How many programs share the inner dimension, so many columns of the vocabulary, of a tile of the hidden states' gradient."""
+    """How many programs share a tile of the hidden states' gradient, whose inner dimension is so many columns."""
     tiles = max(1, cdiv(R, 128) * cdiv(H, 256))
     return max(1, min(sms // tiles, columns // 512, 16))
 
 
 class _LceResults(NamedTuple):
-    """out: the rows' losses, or log-probabilities; zeros for a row that does not count. lse (2, M)."""
+    """out: the rows' losses, or log-probabilities; zeros for a row that does not count. lse (M, 2)."""
 
     out: torch.Tensor
     entropy: torch.Tensor | None
@@ -348,7 +356,7 @@ def _lce_scatter(part: torch.Tensor, rows: _LceRows, first: int, dhidden: torch.
         first,
         R,
         H,
-        PARTS=parts,
+        parts,
         BLOCK_M=block_m,
         BLOCK_H=block_h,
         num_warps=4,
@@ -381,7 +389,7 @@ def _lce_by_rows(
     else:
         R = _lce_rows_per_chunk(M, V, itemsize)
     chunk, label = new((R, H)), new(R, dtype=torch.int32)
-    tiles = cdiv(V, head.config().block_n)
+    tiles = cdiv(V, head.config(options).block_n)
     part = new((3 if options.smoothing or options.entropy else 2, tiles, R), dtype=torch.float32)
     logits = coef = z_target = total = None
     if gradients is None:
@@ -423,7 +431,6 @@ def _lce_by_rows(
             results.lse,
             coef,
             first,
-            M,
             V,
             tiles,
             R,
@@ -518,7 +525,6 @@ def _lce_by_columns(
         rows.index,
         rows.count,
         coef,
-        M,
         V,
         R,
         grad.stride(0),

@@ -97,7 +97,6 @@ def _lce_rows_kernel(
     lse_ptr,
     coef_ptr,
     first,
-    M,
     V,
     TILES,
     R,
@@ -155,8 +154,8 @@ def _lce_rows_kernel(
         z_target = tl.load(z_target_ptr + offs_r, mask=known, other=0.0)
     # a class out of range makes NaN of everything that is its row's
     one = tl.where(label >= 0, 1.0, float("nan"))
-    tl.store(lse_ptr + row, row_max, mask=active)
-    tl.store(lse_ptr + M + row, log_sum, mask=active)
+    tl.store(lse_ptr + 2 * row, row_max, mask=active)
+    tl.store(lse_ptr + 2 * row + 1, log_sum, mask=active)
     # not lse - z_target: for logits far from 0 the first difference is exact, the rounding of lse is not
     loss = one * ((row_max - z_target) + log_sum)
     if ENTROPY:
@@ -181,7 +180,7 @@ def _lce_rows_kernel(
 
 
 @triton.jit
-def _lce_store_coef(coef_ptr, offs_r, R, active, row_max, log_sum, F, E, O, S):  # noqa: E741
+def _lce_store_coef(coef_ptr, offs_r, R, active, row_max, log_sum, F, E, O, S):
     """Zeros past the last row: its gradient is zero then."""
     mask = offs_r < R
     tl.store(coef_ptr + offs_r, tl.where(active, row_max, 0.0), mask=mask)
@@ -203,7 +202,6 @@ def _lce_coef_kernel(
     index_ptr,
     count_ptr,
     coef_ptr,
-    M,
     V,
     R,
     stride_g,
@@ -220,8 +218,8 @@ def _lce_coef_kernel(
     row = tl.load(index_ptr + offs_r, mask=active, other=0).to(tl.int64)
     label = tl.load(label_ptr + offs_r, mask=active, other=0)
     one = tl.where(label >= 0, 1.0, float("nan"))
-    row_max = tl.load(lse_ptr + row, mask=active, other=0.0)
-    log_sum = tl.load(lse_ptr + M + row, mask=active, other=0.0)
+    row_max = tl.load(lse_ptr + 2 * row, mask=active, other=0.0)
+    log_sum = tl.load(lse_ptr + 2 * row + 1, mask=active, other=0.0)
     g = one * tl.load(grad_ptr + row * stride_g, mask=active, other=0.0).to(tl.float32)
     if ENTROPY:
         g = g * (1.0 / TEMPERATURE)
@@ -264,7 +262,7 @@ def _lce_dlogits(
     log_sum,
     F,
     E,
-    O,  # noqa: E741
+    O,
     S,
     SMOOTHING: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -373,7 +371,7 @@ def _lce_scatter_kernel(
     first,
     R,
     H,
-    PARTS: tl.constexpr,
+    PARTS,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -428,11 +426,9 @@ def _lce_halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _lce_put(x, out, off_m, off_n, M, N, stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
-    """Store a tile: TMA: by descriptor, in halves, which leaves shared memory for one more stage; else by pointer."""
+    """Store a tile: out is a descriptor of its shape, or a pointer."""
     if TMA:
-        left, right = _lce_halves(x, BLOCK_M, BLOCK_N)
-        out.store([off_m, off_n], left.to(out.dtype))
-        out.store([off_m, off_n + BLOCK_N // 2], right.to(out.dtype))
+        out.store([off_m, off_n], x.to(out.dtype))
     else:
         offs_m = off_m + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
         offs_n = off_n + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
@@ -451,16 +447,9 @@ def _lce_get(src, off_m, off_n, M, N, stride_m, BLOCK_M: tl.constexpr, BLOCK_N: 
 @triton.jit
 def _lce_statistics(
     z,
-    label_ptr,
-    part_ptr,
-    z_target_ptr,
-    off_m,
+    label,
     off_n,
-    tile_n,
-    tiles_n,
-    R,
     N,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EVEN_N: tl.constexpr,
     STORE: tl.constexpr,
@@ -469,33 +458,118 @@ def _lce_statistics(
     TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """A tile's maximum, sum of exponentials and, where asked for, a third sum, by row; and the target's logit, if it is here."""
-    offs_m = off_m + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    """By row of a tile: maximum, sum of exponentials, a third sum where one is asked for, the target's logit if it is here."""
     offs_n = off_n + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-    mask_m = offs_m < R
     if SOFTCAP != 0.0:
         z = SOFTCAP * _lce_tanh(z * (1.0 / SOFTCAP))
     if TEMPERATURE != 1.0:
         z = z * (1.0 / TEMPERATURE)
-    part_ptr += tl.cast(tile_n, tl.int64) * R + offs_m
-    plane = tl.cast(tiles_n, tl.int64) * R
-    if SMOOTHING != 0.0:
-        total = tl.sum(z if EVEN_N else tl.where(offs_n[None, :] < N, z, 0.0), axis=1)
-        tl.store(part_ptr + 2 * plane, total, mask=mask_m)
-    if not STORE:
-        label = tl.load(label_ptr + offs_m, mask=mask_m, other=-1)
+    if STORE:
+        z_target = tl.zeros_like(label).to(tl.float32)
+    else:
         z_target = tl.sum(tl.where(offs_n[None, :] == label[:, None], z, 0.0), axis=1)
-        tl.store(z_target_ptr + offs_m, z_target, mask=mask_m & (label >= off_n) & (label < off_n + BLOCK_N))
+    if SMOOTHING != 0.0:
+        third = tl.sum(z if EVEN_N else tl.where(offs_n[None, :] < N, z, 0.0), axis=1)
     if not EVEN_N:
         z = tl.where(offs_n[None, :] < N, z, float("-inf"))
     m = tl.max(z, axis=1)
     # while all is -inf, subtract 0: -inf - -inf would be NaN
     z = z - tl.where(m == float("-inf"), 0.0, m)[:, None]
     e = tl.exp(z)
-    tl.store(part_ptr, m, mask=mask_m)
-    tl.store(part_ptr + plane, tl.sum(e, axis=1), mask=mask_m)
+    s = tl.sum(e, axis=1)
     if ENTROPY:
-        tl.store(part_ptr + 2 * plane, tl.sum(tl.where(e > 0.0, e * z, 0.0), axis=1), mask=mask_m)
+        third = tl.sum(tl.where(e > 0.0, e * z, 0.0), axis=1)
+    elif SMOOTHING == 0.0:
+        third = s
+    return m, s, third, z_target
+
+
+@triton.jit
+def _lce_finish_statistics(
+    acc,
+    out,
+    bias_ptr,
+    label_ptr,
+    part_ptr,
+    z_target_ptr,
+    off_m,
+    off_n,
+    tile_n,
+    tiles_n,
+    M,
+    N,
+    R,
+    stride_om,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TMA_OUT: tl.constexpr,
+):
+    """Store a tile of logits, if asked for, and its statistics; one half of the columns after the other, to save registers."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    offs_m = off_m + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    mask_m = offs_m < R
+    label = tl.load(label_ptr + offs_m, mask=mask_m, other=-1)
+    left, right = _lce_halves(acc, BLOCK_M, BLOCK_N)
+    left = _lce_logits(left, out, bias_ptr, off_m, off_n, M, N, stride_om, BLOCK_M, HALF, HAS_BIAS, STORE, TMA_OUT)
+    m0, s0, third0, z_target0 = _lce_statistics(
+        left, label, off_n, N, HALF, EVEN_N, STORE, SMOOTHING, SOFTCAP, TEMPERATURE, ENTROPY
+    )
+    right = _lce_logits(
+        right, out, bias_ptr, off_m, off_n + HALF, M, N, stride_om, BLOCK_M, HALF, HAS_BIAS, STORE, TMA_OUT
+    )
+    m1, s1, third1, z_target1 = _lce_statistics(
+        right, label, off_n + HALF, N, HALF, EVEN_N, STORE, SMOOTHING, SOFTCAP, TEMPERATURE, ENTROPY
+    )
+    m = tl.maximum(m0, m1)
+    # of -inf nothing has been summed
+    left0 = tl.where(m0 == float("-inf"), 0.0, m0 - m)
+    left1 = tl.where(m1 == float("-inf"), 0.0, m1 - m)
+    part_ptr += tl.cast(tile_n, tl.int64) * R + offs_m
+    plane = tl.cast(tiles_n, tl.int64) * R
+    tl.store(part_ptr, m, mask=mask_m)
+    tl.store(part_ptr + plane, s0 * tl.exp(left0) + s1 * tl.exp(left1), mask=mask_m)
+    if ENTROPY:
+        third = tl.exp(left0) * (third0 + s0 * left0) + tl.exp(left1) * (third1 + s1 * left1)
+        tl.store(part_ptr + 2 * plane, third, mask=mask_m)
+    if SMOOTHING != 0.0:
+        tl.store(part_ptr + 2 * plane, third0 + third1, mask=mask_m)
+    if not STORE:
+        here = mask_m & (label >= off_n) & (label < off_n + BLOCK_N)
+        tl.store(z_target_ptr + offs_m, z_target0 + z_target1, mask=here)
+
+
+@triton.jit
+def _lce_logits(
+    acc,
+    out,
+    bias_ptr,
+    off_m,
+    off_n,
+    M,
+    N,
+    stride_om,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE: tl.constexpr,
+    TMA_OUT: tl.constexpr,
+):
+    """A tile of logits: with their bias and, if they are stored, as they are stored, for that is what the gradient sees."""
+    if HAS_BIAS:
+        offs_n = off_n + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if STORE:
+        stored = acc.to(out.dtype if TMA_OUT else out.dtype.element_ty)
+        _lce_put(stored, out, off_m, off_n, M, N, stride_om, BLOCK_M, BLOCK_N, TMA_OUT)
+        acc = stored.to(tl.float32)
+    return acc
 
 
 @triton.jit
@@ -534,49 +608,34 @@ def _lce_finish(
     TMA_OUT: tl.constexpr,
 ):
     """What becomes of a tile of a product; see the launcher for the EPILOGUEs."""
-    if HAS_BIAS:
-        offs_n = off_n + tl.arange(0, BLOCK_N)
-        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-        acc += bias[None, :]
+    HALF: tl.constexpr = BLOCK_N // 2
     if EPILOGUE == "statistics":
-        if STORE:
-            # of the logits as they are stored: those that the gradient sees
-            stored = acc.to(out.dtype if TMA_OUT else out.dtype.element_ty)
-            _lce_put(stored, out, off_m, off_n, M, N, stride_om, BLOCK_M, BLOCK_N, TMA_OUT)
-            acc = stored.to(tl.float32)
-        _lce_statistics(
-            acc, label_ptr, part_ptr, z_target_ptr, off_m, off_n, tile_n, tiles_n, R, N, BLOCK_M, BLOCK_N, EVEN_N,
-            STORE, SMOOTHING, SOFTCAP, TEMPERATURE, ENTROPY,
+        _lce_finish_statistics(
+            acc, out, bias_ptr, label_ptr, part_ptr, z_target_ptr, off_m, off_n, tile_n, tiles_n, M, N, R, stride_om,
+            BLOCK_M, BLOCK_N, HAS_BIAS, STORE, EVEN_N, SMOOTHING, SOFTCAP, TEMPERATURE, ENTROPY, TMA_OUT,
         )  # fmt: skip
     elif EPILOGUE == "dlogits":
-        offs_m = off_m + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-        offs_v = column + off_n + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-        mask_m = offs_m < rows
-        label = tl.load(label_ptr + offs_m, mask=mask_m, other=-1)
-        coef = coef_ptr + offs_m
-        dz = _lce_dlogits(
-            acc, label, offs_v,
-            tl.load(coef, mask=mask_m, other=0.0),
-            tl.load(coef + R, mask=mask_m, other=0.0),
-            tl.load(coef + 2 * R, mask=mask_m, other=0.0),
-            tl.load(coef + 3 * R, mask=mask_m, other=0.0),
-            tl.load(coef + 4 * R, mask=mask_m, other=0.0),
-            tl.load(coef + 5 * R, mask=mask_m, other=0.0),
-            SMOOTHING, SOFTCAP, TEMPERATURE, ENTROPY,
+        left, right = _lce_halves(acc, BLOCK_M, BLOCK_N)
+        _lce_finish_dlogits(
+            left, out, bias_ptr, label_ptr, coef_ptr, off_m, off_n, rows, M, N, R, column, stride_om,
+            BLOCK_M, HALF, HAS_BIAS, SMOOTHING, SOFTCAP, TEMPERATURE, ENTROPY, TMA_OUT,
         )  # fmt: skip
-        dz = tl.where(mask_m[:, None], dz, 0.0)
-        _lce_put(dz, out, off_m, off_n, M, N, stride_om, BLOCK_M, BLOCK_N, TMA_OUT)
+        _lce_finish_dlogits(
+            right, out, bias_ptr, label_ptr, coef_ptr, off_m, off_n + HALF, rows, M, N, R, column, stride_om,
+            BLOCK_M, HALF, HAS_BIAS, SMOOTHING, SOFTCAP, TEMPERATURE, ENTROPY, TMA_OUT,
+        )  # fmt: skip
     elif EPILOGUE == "dweight":
         if ADD:
             # By pointer, so that all loads are under way together; in halves, for want of shared memory.
-            HALF: tl.constexpr = BLOCK_N // 2
             left, right = _lce_halves(acc, BLOCK_M, BLOCK_N)
             left_add = _lce_get(add, off_m, off_n, M, N, stride_om, BLOCK_M, HALF)
             right_add = _lce_get(add, off_m, off_n + HALF, M, N, stride_om, BLOCK_M, HALF)
             _lce_put(left + left_add, out, off_m, off_n, M, N, stride_om, BLOCK_M, HALF, False)
             _lce_put(right + right_add, out, off_m, off_n + HALF, M, N, stride_om, BLOCK_M, HALF, False)
         else:
-            _lce_put(acc, out, off_m, off_n, M, N, stride_om, BLOCK_M, BLOCK_N, TMA_OUT)
+            left, right = _lce_halves(acc, BLOCK_M, BLOCK_N)
+            _lce_put(left, out, off_m, off_n, M, N, stride_om, BLOCK_M, HALF, TMA_OUT)
+            _lce_put(right, out, off_m, off_n + HALF, M, N, stride_om, BLOCK_M, HALF, TMA_OUT)
     else:
         # in quarters, for want of shared memory
         QUARTER: tl.constexpr = BLOCK_N // 4
@@ -598,6 +657,48 @@ def _lce_finish(
         _lce_put_rows(
             quarter3, out, add, index_ptr, off_m, off_n, rows, N, first, BLOCK_M, QUARTER, EPILOGUE == "dhidden", ADD
         )
+
+
+@triton.jit
+def _lce_finish_dlogits(
+    acc,
+    out,
+    bias_ptr,
+    label_ptr,
+    coef_ptr,
+    off_m,
+    off_n,
+    rows,
+    M,
+    N,
+    R,
+    column,
+    stride_om,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TMA_OUT: tl.constexpr,
+):
+    z = _lce_logits(acc, out, bias_ptr, off_m, off_n, M, N, stride_om, BLOCK_M, BLOCK_N, HAS_BIAS, False, TMA_OUT)
+    offs_m = off_m + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    mask_m = offs_m < rows
+    label = tl.load(label_ptr + offs_m, mask=mask_m, other=-1)
+    coef = coef_ptr + offs_m
+    dz = _lce_dlogits(
+        z, label, column + off_n + tl.arange(0, BLOCK_N),
+        tl.load(coef, mask=mask_m, other=0.0),
+        tl.load(coef + R, mask=mask_m, other=0.0),
+        tl.load(coef + 2 * R, mask=mask_m, other=0.0),
+        tl.load(coef + 3 * R, mask=mask_m, other=0.0),
+        tl.load(coef + 4 * R, mask=mask_m, other=0.0),
+        tl.load(coef + 5 * R, mask=mask_m, other=0.0),
+        SMOOTHING, SOFTCAP, TEMPERATURE, ENTROPY,
+    )  # fmt: skip
+    _lce_put(tl.where(mask_m[:, None], dz, 0.0), out, off_m, off_n, M, N, stride_om, BLOCK_M, BLOCK_N, TMA_OUT)
 
 
 @triton.jit
