@@ -340,9 +340,6 @@ def _flash_attn_bwd_rows_kernel(
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     q_start, Sq = _sequence(cu_q_ptr, b, Sq)
-    if cu_q_ptr is not None:  # noqa: SIM102 (a constexpr, then a run-time value)
-        if start_m >= tl.cdiv(Sq, 128) * 128:
-            return
     out_ptr += b * stride_ob + h * stride_oh + q_start * stride_om
     dout_ptr += b * stride_db + h * stride_dh + q_start * stride_dm
     out = _load_rows(out_ptr, start_m, stride_om, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, True)
@@ -352,8 +349,9 @@ def _flash_attn_bwd_rows_kernel(
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < Sq, other=float("-inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
     rows_ptr += _first_row(cu_q_ptr, q_start, b, h, H, Sq_padded)
-    tl.store(rows_ptr + offs_m, lse)
-    tl.store(rows_ptr + tl.cast(plane, tl.int64) + offs_m, tl.sum(out * dout, 1))
+    mask_m = offs_m < tl.cdiv(Sq, 128) * 128  # a shorter sequence than the longest ends before
+    tl.store(rows_ptr + offs_m, lse, mask=mask_m)
+    tl.store(rows_ptr + tl.cast(plane, tl.int64) + offs_m, tl.sum(out * dout, 1), mask=mask_m)
 
 
 @triton.jit
@@ -781,6 +779,7 @@ _SUFFIXES = {
     "": ("",),
     "crowded": (" crowded", ""),
     "packed": (" packed", " crowded", ""),
+    "packed crowded": (" packed crowded", " packed", " crowded", ""),
     "bias": (" bias", " crowded", ""),
     "bias crowded": (" bias crowded", " bias", " crowded", ""),
 }
@@ -822,6 +821,7 @@ _CONFIGS: dict[str, dict[str, dict[str, tuple[int, int, int, int]]]] = {
             "narrow": (128, 64, 8, 2),
             "narrow bias": (128, 32, 8, 2),
             "128": (128, 64, 8, 2),
+            "128 packed crowded": (64, 64, 8, 2),
             "128 bias": (64, 64, 8, 2),
             "128 bias crowded": (64, 32, 8, 2),
             "256": (64, 64, 8, 1),
@@ -912,7 +912,9 @@ class _Call:
 
     def constexprs(self, kernel: str) -> dict[str, Any]:
         return {
-            **_config(kernel, self.q, "packed" if self.packed and kernel == "fwd" else self.crowd),
+            **_config(
+                kernel, self.q, f"packed {self.crowd}".strip() if self.packed and kernel == "fwd" else self.crowd
+            ),
             "SCALE": self.options.scale,
             "SOFTCAP": float(self.options.softcap),
             "HAS_LEFT": self.options.left >= 0,
