@@ -232,7 +232,7 @@ def _issue_dq(x, t, WG: gl.constexpr):
 @gluon.jit
 def _add_dq(x, row, dq, WG: gl.constexpr):
     """The sums += dq, (64, 64), of the block of queries that begins with number `row`."""
-    row = row * x.HEAD_DIM // 128 + WG * 32
+    row = (row >> 6) * (x.HEAD_DIM // 2) + WG * 32
     tma.store_wait(0)  # the reduce-add before this one has read the buffer
     stage = x.dq.index(WG)
     stage.store(dq)
