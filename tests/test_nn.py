@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import torch_triton_ops
+from torch_triton_ops import nn as tt_nn
 from torch_triton_ops.nn import Attention, KVCache, LayerNorm, LlamaBlock, RMSNorm, RotaryEmbedding
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 16
@@ -228,3 +230,21 @@ def test_errors() -> None:
         RotaryEmbedding(5)
     with pytest.raises(NotImplementedError, match=r"kv_cache_write.*requires a gradient"):
         make_block()(torch.randn(2, 1, HIDDEN), *RotaryEmbedding(HEAD_DIM)(cache.allocate(1)), cache)
+
+
+def test_losses_are_their_ops() -> None:
+    losses = [
+        c for c in vars(tt_nn).values() if isinstance(c, type) and issubclass(c, tt_nn._Loss) and c is not tt_nn._Loss
+    ]
+    assert {c.op for c in losses} == {
+        s.name for s in torch_triton_ops.specs() if s.name.endswith(("_loss", "_div", "cross_entropy"))
+    }
+    chosen, rejected = torch.randn(2, 5)
+    loss = tt_nn.BradleyTerryLoss(reduction="sum")
+    assert loss(chosen, rejected).item() == torch.ops.tt.bradley_terry_loss(chosen, rejected, reduction="sum").item()
+    assert repr(loss) == "BradleyTerryLoss(center_coefficient=0.0, reduction='sum')"
+    logits, target = torch.randn(5, 7), torch.randint(7, (5,))
+    expected = torch.ops.tt.cross_entropy(logits, target, weight=torch.ones(7), label_smoothing=0.1)
+    assert tt_nn.CrossEntropyLoss(label_smoothing=0.1)(logits, target, weight=torch.ones(7)).item() == expected.item()
+    with pytest.raises(TypeError, match="DPOLoss: no option 'betta'; allowed: beta, label_smoothing, loss_type"):
+        tt_nn.DPOLoss(betta=0.2)

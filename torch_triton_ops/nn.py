@@ -1,4 +1,4 @@
-"""Modules over the ops: what a Llama-style decoder is made of, and a paged key-value cache to generate with.
+"""Modules over the ops: what a Llama-style decoder is made of, a paged key-value cache to generate with, and the losses.
 
 Parameters have the names that Hugging Face's Llama gives them, so its checkpoints load: `LlamaBlock` takes the state dict of one
 `LlamaDecoderLayer`. The projections are `torch.nn.Linear`, which quantisation, LoRA and sharding tools know; everything else is
@@ -25,15 +25,38 @@ a draft model's).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-import torch_triton_ops  # noqa: F401 - registers the ops
+import torch_triton_ops
 
-__all__ = ["Attention", "KVCache", "LayerNorm", "LlamaBlock", "RMSNorm", "RotaryEmbedding", "SwiGLU"]
+__all__ = [
+    "Attention",
+    "BradleyTerryLoss",
+    "CPOLoss",
+    "CrossEntropyLoss",
+    "DPOLoss",
+    "FocalLoss",
+    "GRPOLoss",
+    "HuberLoss",
+    "InfoNCELoss",
+    "JSDivLoss",
+    "KLDivLoss",
+    "KTOLoss",
+    "KVCache",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "LlamaBlock",
+    "ORPOLoss",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SimPOLoss",
+    "SwiGLU",
+]
 
 _MAX_NEW_TOKENS = 8  # of paged_decode_attn
 
@@ -383,3 +406,124 @@ class LlamaBlock(nn.Module):
         """x (B, S, hidden_size) to the same; tables and cache as in `Attention`."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Loss(nn.Module):
+    """A loss op as a module: the op's options are the constructor's arguments, its tensors are forward's."""
+
+    op: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        # The registry's schema is the signature, so that help() and editors show it and nothing is written twice.
+        cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(a.name, inspect.Parameter.KEYWORD_ONLY, default=a.default)
+                for a in torch_triton_ops.registry.spec(cls.op).arguments
+                if not a.is_tensor
+            ]
+        )
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        allowed = inspect.signature(type(self)).parameters
+        for name in options:
+            if name not in allowed:
+                raise TypeError(f"{type(self).__name__}: no option '{name}'; allowed: {', '.join(allowed)}")
+        self.options = {name: options.get(name, parameter.default) for name, parameter in allowed.items()}
+
+    def forward(self, *tensors: Tensor | None, **named: Tensor | None) -> Any:
+        """The op's tensors, in its order or by name; the op's results."""
+        return getattr(torch.ops.tt, self.op)(*tensors, **named, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class CrossEntropyLoss(_Loss):
+    """(logits, target, weight=None): `tt.cross_entropy`."""
+
+    op = "cross_entropy"
+
+
+class LinearCrossEntropyLoss(_Loss):
+    """(hidden, weight, target, bias=None), the head's weight (V, H): `tt.linear_cross_entropy`. The logits are never whole."""
+
+    op = "linear_cross_entropy"
+
+
+class DPOLoss(_Loss):
+    """(policy_chosen, policy_rejected, ref_chosen, ref_rejected, delta=None), log-probabilities (B,): `tt.dpo_loss`.
+
+    Results: loss, chosen reward, rejected reward.
+    """
+
+    op = "dpo_loss"
+
+
+class CPOLoss(_Loss):
+    """(policy_chosen, policy_rejected), log-probabilities (B,): `tt.cpo_loss`. Results as DPOLoss."""
+
+    op = "cpo_loss"
+
+
+class SimPOLoss(_Loss):
+    """(policy_chosen, policy_rejected), mean log-probabilities (B,): `tt.simpo_loss`. Results as DPOLoss."""
+
+    op = "simpo_loss"
+
+
+class ORPOLoss(_Loss):
+    """(policy_chosen, policy_rejected), mean log-probabilities (B,): `tt.orpo_loss`. Results as DPOLoss."""
+
+    op = "orpo_loss"
+
+
+class KTOLoss(_Loss):
+    """(policy, reference, label, kl=None): `tt.kto_loss`. Results: loss, reward."""
+
+    op = "kto_loss"
+
+
+class GRPOLoss(_Loss):
+    """(logprob, advantage, mask, old_logprob=None, ref_logprob=None, num_tokens=None): `tt.grpo_loss`.
+
+    Results: loss, KL to the reference, fraction of clipped tokens.
+    """
+
+    op = "grpo_loss"
+
+
+class BradleyTerryLoss(_Loss):
+    """(chosen, rejected, margin=None), a reward model's rewards: `tt.bradley_terry_loss`."""
+
+    op = "bradley_terry_loss"
+
+
+class KLDivLoss(_Loss):
+    """(logits, target_logits): `tt.kl_div`."""
+
+    op = "kl_div"
+
+
+class JSDivLoss(_Loss):
+    """(logits, target_logits): `tt.js_div`."""
+
+    op = "js_div"
+
+
+class FocalLoss(_Loss):
+    """(logits, target): `tt.focal_loss`."""
+
+    op = "focal_loss"
+
+
+class HuberLoss(_Loss):
+    """(input, target): `tt.huber_loss`."""
+
+    op = "huber_loss"
+
+
+class InfoNCELoss(_Loss):
+    """(query, key): `tt.info_nce_loss`."""
+
+    op = "info_nce_loss"
