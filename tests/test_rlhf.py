@@ -87,7 +87,7 @@ def toy_tuner(reward: bool = True, hidden: bool = True, dropout: float = 0.0, **
 
 
 def test_json_lines_round_trip(tmp_path):
-    pairs = [*PAIRS, Preference("", 'ä\n\u2028 "x" 🙂', "\\", rejected_cut=True)]
+    pairs = [*PAIRS, Preference("p", "", "r"), Preference("", 'ä\n\u2028 "x" 🙂', "\\", rejected_cut=True)]
     write_preferences(tmp_path / "pairs.jsonl", pairs)
     assert read_preferences(tmp_path / "pairs.jsonl") == pairs
     lines = (tmp_path / "pairs.jsonl").read_bytes().split(b"\n")
@@ -121,7 +121,6 @@ def test_conversations(tmp_path):
         ('{"prompt": "p", "chosen": "c"}', "no column 'rejected'; there are: 'prompt', 'chosen'"),
         ('{"prompt": 3, "chosen": "c", "rejected": "r"}', "'prompt' must be text, not 3"),
         ('{"prompt": "p", "chosen": [{"role": 1}], "rejected": "r"}', "'chosen' must be text, not"),
-        ('{"prompt": "p", "chosen": "", "rejected": "r"}', "'chosen' is empty"),
         ('{"prompt": "p", "chosen": "c", "rejected": "c"}', "'chosen' and 'rejected' are the same"),
         (
             '{"prompt": "p", "chosen": "c", "rejected": "r", "chosen_cut": 1}',
@@ -529,7 +528,7 @@ def test_one_process_at_a_time(tmp_path):
     [
         ("shorter", "no", "not yet"),
         ("longer", "not yet", "no"),
-        ("polite", "You may.", "Stop."),
+        ("finished", "it is.", "it is"),
         ("plain", "it", "__i__"),
     ],
 )
@@ -635,7 +634,7 @@ def test_in_a_terminal_and_ctrl_c_loses_nothing(quiet, tmp_path, monkeypatch, ca
     terminal.type("1\n")
     terminal.until("1 choice; tuned model preferred .*KL to the reference .* nats; loss [\\d.]+[\\s\\S]*1, 2, t, q: ")
     terminal.type("t\n")
-    terminal.until("2 choices; .*nothing to learn from a tie[\\s\\S]*1, 2, t, q: ")
+    terminal.until("2 choices; .*nothing to learn from that[\\s\\S]*1, 2, t, q: ")
     os.killpg(terminal.process.pid, signal.SIGINT)
     assert terminal.wait() == 130
     assert "Traceback" not in terminal.text

@@ -813,7 +813,7 @@ def rlhf(
     simulate: Annotated[
         str | None,
         typer.Option(
-            metavar="TASTE", help="A simulated user chooses, who likes answers shorter, longer, polite or plain."
+            metavar="TASTE", help="A simulated user chooses, who likes answers shorter, longer, plain or finished."
         ),
     ] = None,
     rounds: Annotated[

@@ -281,7 +281,7 @@ def standing(session: Session, report: Report | None) -> str:
     ]
     if of:
         parts.append(f"reward model foresaw {foreseen} of {of}")
-    parts.append("nothing to learn from a tie" if report is None else f"loss {report.loss:.3f}")
+    parts.append("nothing to learn from that" if report is None else f"loss {report.loss:.3f}")
     return "; ".join(parts)
 
 

@@ -54,8 +54,8 @@ def read_preferences(path: str | os.PathLike[str], render: Render | None = None)
     `render` turns a conversation into text, for columns that hold one: with a Hugging Face tokenizer,
     `lambda messages: tokenizer.apply_chat_template(messages, tokenize=False)`.
 
-    Raises PreferenceError, with file and line, for what is no JSON object, a column that is missing, empty (prompts may be)
-    or no text, and for two answers that are the same; OSError if the file cannot be read.
+    Raises PreferenceError, with file and line, for what is no JSON object, a column that is missing or no text, and for two
+    answers that are the same; OSError if the file cannot be read. An answer may be empty: a model's that ends at once.
     """
     found = []
     for number, line in read_lines(path):
@@ -65,9 +65,6 @@ def read_preferences(path: str | os.PathLike[str], render: Render | None = None)
         if missing:
             raise PreferenceError(f"{where}: no column {quoted(missing)}; there are: {quoted(value) or 'none'}")
         texts = {name: _text(value[name], name, where, render) for name in COLUMNS}
-        for name in ("chosen", "rejected"):
-            if not texts[name]:
-                raise PreferenceError(f"{where}: '{name}' is empty; an answer has at least one character")
         if texts["chosen"] == texts["rejected"]:
             raise PreferenceError(f"{where}: 'chosen' and 'rejected' are the same; leave the line out")
         cut = {name: value[name] for name in CUT if value.get(name) is not None}

@@ -85,7 +85,7 @@ class Judged:
 
     @property
     def preference(self) -> Preference | None:
-        """What is learned: nothing from a tie, or from an answer that is empty or the same as the other."""
+        """What is learned: nothing from a tie, or from two answers that are the same."""
         c = self.comparison
         if self.choice == "tie" or c.first == c.second:
             return None
@@ -317,13 +317,11 @@ def only_one(folder: str | Path) -> Iterator[None]:
 # Simulated users
 # --------------------------------------------------------------------------------------------------------------------
 
-COURTEOUS = ("may", "can", "might", "could", "would", "should", "please", "thank", "you")
-
 TASTES: dict[str, Callable[[str], float]] = {
     "shorter": lambda answer: -len(answer),
     "longer": lambda answer: len(answer),
-    "polite": lambda answer: sum(word.strip(",.;:()").lower() in COURTEOUS for word in answer.split()),
     "plain": lambda answer: -sum(not (c.isalpha() or c in " ,.") for c in answer),
+    "finished": lambda answer: answer.endswith("."),
 }
 """Hidden preferences: the answer of the higher value is liked better."""
 

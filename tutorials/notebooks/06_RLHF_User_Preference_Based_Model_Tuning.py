@@ -305,6 +305,6 @@ print((folder / "session" / "preferences.jsonl").read_text().splitlines()[0])
 #
 # ## Try
 #
-# 1. `SimulatedUser("longer")` and `"plain"`: which is learned soonest, and what does the KL say?
+# 1. `SimulatedUser("finished")`, `"plain"` and `"longer"`: which is learned soonest, and what does the KL say?
 # 2. A user who errs: `SimulatedUser("shorter", mistakes=0.2)` with `TunerConfig(label_smoothing=0.2)`.
 # 3. Another loss: `TunerConfig(loss_type="ipo")` holds the margin at a fixed size instead of widening it for ever.
