@@ -109,7 +109,7 @@ class _LceHead(NamedTuple):
     def config(self, options: _LceOptions | None = None) -> _LceConfig:
         """The tile of a product; `options` for a product of logits."""
         if INTERPRET:
-            return _LceConfig(256, 256, 256, 4, 1, "ieee")
+            return _LceConfig(64, 256, 64, 4, 1, "ieee")
         if self.tma:
             # a softcap's tanh, and on sm_100 an entropy too, leaves no registers for the widest accumulator
             blackwell = capability(self.weight.device) >= 100
