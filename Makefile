@@ -36,9 +36,9 @@ demo: $(READY)   ## train a small language model through torch.ops.tt.* and thro
 test: $(READY)   ## the whole CPU suite
 	$(PY) -m pytest -n $(JOBS) --dist worksteal tests
 
-test-gpu: ## every op on this machine's GPU; writes tests/gpu_record.json
+test-gpu: ## every op on this machine's GPU, going on where a run was cut off; writes tests/gpu_record.json
 	@$(if $(GPU_READY),$(MAKE) --no-print-directory $(GPU_READY))
-	$(GPU_PY) -m torch_triton_ops.testing --device cuda --jobs $(shell nproc) --record tests/gpu_record.json
+	$(GPU_PY) -m torch_triton_ops.testing --device cuda --jobs $(shell nproc) --resume .gpu_parts --record tests/gpu_record.json
 
 bench: ## every op against its peers; writes bench/results/
 	@$(if $(GPU_READY),$(MAKE) --no-print-directory $(GPU_READY))
@@ -60,4 +60,4 @@ accept: $(READY) ## accept changed golden graphs; look at the diff
 	EXPECTTEST_ACCEPT=1 $(PY) -m pytest tests/test_graphs.py
 
 clean:           ## remove what make made
-	rm -rf $(VENV) build dist *.egg-info demo_out
+	rm -rf $(VENV) build dist *.egg-info demo_out .gpu_parts

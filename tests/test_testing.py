@@ -427,6 +427,21 @@ def test_wrong_use() -> None:
     assert not report.passed, "nothing was checked, so nothing is proved"
 
 
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--op", "vector_add", "--device", "cpu", "--check", "schema", "--jobs", "2", "--resume", str(tmp_path)]
+    assert testing.main(command) == 0
+    kept = sorted(tmp_path.iterdir())
+    assert [f.name.split("-")[:3] for f in kept] == [["vector_add", d, "0"] for d in ("bfloat16", "float16", "float32")]
+    kept[0].write_text(json.dumps([1.0, ["schema", "bf16-planted", False, "taken over"]]))
+    kept[2].unlink()
+    assert testing.main(command) == 1
+    assert "schema [bf16-planted]: taken over" in capsys.readouterr().out  # what was found is not run again,
+    assert kept[2].is_file()  # and what was not is
+    with pytest.raises(SystemExit):
+        testing.main(command[:-4] + command[-2:])
+    assert "give --jobs 2 or more" in capsys.readouterr().err
+
+
 def test_record_and_status(tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     record = tmp_path / "record.json"
     only = [registry.spec("vector_add")]

@@ -25,6 +25,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
+import hashlib
 import importlib
 import json
 import math
@@ -45,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -1845,6 +1848,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, help="JSON file that is updated after each op")
     parser.add_argument("--status", type=Path, help="list the ops that changed since the record's pass, and stop")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with some samples of an op (default: 1)")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="with --jobs: keep there what each process found, and take over what passed there before a run was cut off",
+    )
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)  # where a process of --jobs leaves its results
     options = parser.parse_args(argv)
@@ -1853,6 +1862,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in stale(record):
             print(line)
         return 0
+    if options.resume and options.jobs <= 1:
+        parser.error("--resume keeps the results of --jobs' processes: give --jobs 2 or more")
     if options.record and (options.check or options.dtype):
         parser.error("--record keeps what passed every check in every dtype: leave out --check and --dtype")
     device = _device(options.device, samples_of)
@@ -1938,6 +1949,10 @@ def _reports(
     def run(spec: registry.OpSpec, dtype: torch.dtype, i: int, n: int, folder: str) -> tuple[list[CheckResult], float]:
         start = time.perf_counter()
         name = str(dtype).removeprefix("torch.")
+        kept = None if options.resume is None else options.resume / f"{spec.name}-{name}-{i}-{_identity(spec, n)}.json"
+        if kept is not None and kept.is_file():
+            seconds, *rows = json.loads(kept.read_text())
+            return [CheckResult(*row) for row in rows], seconds
         results = Path(folder) / f"{spec.name}-{name}-{i}.json"
         log = results.with_suffix(".log")
         arguments = ["--op", spec.qualname, "--dtype", name, "--part", str(i), str(n)]
@@ -1956,7 +1971,23 @@ def _reports(
             found = [CheckResult(*row) for row in json.loads(results.read_text())]
         else:
             found = [CheckResult("process", f"{dtype_name(dtype)} part {i} of {n}", False, why)]
-        return found, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if kept is not None and all(r.passed is not False for r in found):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps([seconds, *map(astuple, found)]))
+        elif kept is not None:  # the op's report comes when all its processes are done, if it comes
+            for r in found:
+                if r.passed is False:
+                    print(f"     {spec.name} {r.check} [{r.sample}]: {r.detail}", flush=True)
+        return found, seconds
+
+    @functools.cache
+    def _identity(spec: registry.OpSpec, parts: int) -> str:
+        """Of what decides a process's results: the sources, this suite, the versions and the device."""
+        suite = b"".join((registry.PACKAGE / f"{name}.py").read_bytes() for name in ("testing", "cases"))
+        gpu = torch.cuda.get_device_properties(device).name if device.type == "cuda" else "cpu"
+        facts = (registry.source_hash(spec), torch.__version__, triton.__version__, gpu, parts, options.check)
+        return hashlib.sha256(suite + repr(facts).encode()).hexdigest()[:16]
 
     with _without_main(), tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         owner: dict[Future[tuple[list[CheckResult], float]], registry.OpSpec] = {}
