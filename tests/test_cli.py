@@ -187,7 +187,9 @@ def test_answers_within_half_a_second_without_torch(learner, arguments):
 def test_help_names_every_verb(call):
     status, out, _ = call("--help")
     assert status == 0
-    verbs = "list run next check hint solution reset progress watch benchmark info doctor install explain viz roofline"
+    verbs = (
+        "list run next check hint solution reset progress watch benchmark info doctor install explain viz roofline rlhf"
+    )
     assert not [verb for verb in verbs.split() if f" {verb} " not in out]
     assert call()[:2] == (0, out)  # no verb: the same
 

@@ -19,7 +19,15 @@ import torch_triton_ops
 PACKAGE = Path(torch_triton_ops.__file__).resolve().parent
 NAME = "torch_triton_ops"
 FOUNDATION = ("launch", "cases", "errors")
-FAMILIES = ("elementwise", "float8", "fusion", "losses", "norms", "reductions", "special")  # what the ops of one family share
+FAMILIES = (
+    "elementwise",
+    "float8",
+    "fusion",
+    "losses",
+    "norms",
+    "reductions",
+    "special",
+)  # what the ops of one family share
 OUTSIDE = ("tests", "bench", "tutorials", "triton_tutorial", "examples")
 # CPU seconds above `import torch`. Measured 0.05; the rest is for a slow machine.
 IMPORT_BUDGET = 0.15
