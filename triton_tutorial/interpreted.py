@@ -270,10 +270,10 @@ def _constant(value: Any) -> Any:
 
 def _kernel_spec(kernel: Any, seen: dict[int, Any] | None = None) -> dict[str, Any]:
     """All that the child needs to define `kernel`: its source and the globals that the source names."""
-    seen = {} if seen is None else seen
+    seen = {} if seen is None else seen  # the kernels around this one: one that calls itself is named, not repeated
     if id(kernel) in seen:
         return {"again": seen[id(kernel)]}
-    seen[id(kernel)] = kernel.__name__
+    seen = seen | {id(kernel): kernel.__name__}
     function = kernel.fn
     lines, first = inspect.getsourcelines(function)
     offset = next(i for i, line in enumerate(lines) if re.match(r"\s*def\s", line))
