@@ -819,7 +819,7 @@ def rlhf(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many rounds; default: with q, or 20 if simulated.")
     ] = None,
-    device: DeviceOption = Device.auto,
+    device: Annotated[Device, typer.Option(help="auto: the GPU if there is one, else the CPU.")] = Device.auto,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts of yours, one a line.")] = None,
     length: Annotated[int | None, typer.Option(min=1, max=48, help="Tokens of an answer, at most (24).")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.05, help="Of the sampling (0.8).")] = None,

@@ -62,7 +62,8 @@ lesson.predict(
 # | cross entropy, with its gradient | `log_softmax`, `nll_loss`, and backward | 4, and 2 + 6: 12 | 4 to 6 |
 #
 # The fp32 detour of a norm is there for accuracy: the squares of 4096 numbers must not be added in bf16. In a kernel the
-# detour happens in registers and is free. (`F.rms_norm` is a single kernel too, since torch 2.8 or so; it is timed below.)
+# detour happens in registers and is free. (Recent versions of torch have a kernel of their
+# own for it, `F.rms_norm`; it is timed below.)
 #
 # A pattern for all of this lesson: **load, upcast, compute in fp32, round once at the store.**
 
@@ -242,7 +243,7 @@ def norm_bwd_v1(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tupl
     dx = torch.empty_like(x)
     BLOCK_N = triton.next_power_of_2(N)
     dweight = torch.zeros(N, dtype=torch.float32, device=x.device)
-    num_warps = max(1, min(32, BLOCK_N // 1024))
+    num_warps = max(1, min(32, BLOCK_N // 512))
     norm_bwd_kernel_v1[(M,)](dy, x, weight, dx, dweight, M, N, BLOCK_N=BLOCK_N, num_warps=num_warps)
     return dx, dweight.to(weight.dtype)
 
@@ -288,19 +289,39 @@ def norm_bwd_kernel_v2(dy_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr, M, N, BLO
     tl.store(partial_ptr + tl.program_id(0) * N + offs_n, dweight, mask=mask_n)
 
 
-def norm_bwd_v2(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_bwd_v2(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, programs: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     M, N = x.shape
     dx = torch.empty_like(x)
     BLOCK_N = triton.next_power_of_2(N)
-    P = min(M, PROGRAMS)
+    P = min(M, programs or PROGRAMS)
     partial = torch.empty(P, N, dtype=torch.float32, device=x.device)
-    num_warps = max(1, min(32, BLOCK_N // 1024))
+    num_warps = max(1, min(32, BLOCK_N // 512))
     norm_bwd_kernel_v2[(P,)](dy, x, weight, dx, partial, M, N, BLOCK_N=BLOCK_N, num_warps=num_warps)
     return dx, partial.sum(0).to(weight.dtype)
 
 
 norm_bwd.rung("partial sums", norm_bwd_v2, norm_bwd_kernel_v2, note="one row of sums a program, in a fixed order")
+
+
+def four_programs(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return norm_bwd_v2(dy, x, weight, programs=4)
+
+
+norm_bwd.picture(
+    four_programs,
+    8,
+    12,
+    title="8 rows, 4 programs: program p takes rows p and p + 4, writes row p of sums",
+    name="partial_sums",
+)
 norm_bwd.ladder("RMSNorm, backward")
+norm_bwd.autotune(
+    norm_bwd_v2,
+    [{"programs": programs} for programs in (132, 264, 396, 528, 1056)],
+    title="How many programs? 132 is one for each SM of an H200",
+)
 
 
 # %%
@@ -453,6 +474,14 @@ def add_norm_v2(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -
 
 add_norm.rung("one kernel", add_norm_v2, add_norm_kernel_v2, note="h is written, and not read again")
 add_norm.ladder("Residual + RMSNorm")
+lesson.say(
+    f"""
+    Two kernels {lesson.figure("add_rms_norm", "two kernels", "us"):.0f} us, one
+    {lesson.figure("add_rms_norm", "one kernel", "us"):.0f} us:
+    {lesson.figure("add_rms_norm", "two kernels", "us") / lesson.figure("add_rms_norm", "one kernel", "us"):.2f} times as
+    fast, where the bytes say 1.25.
+    """
+)
 
 # %% [markdown]
 # The gradient: h reaches the loss on two ways, so its gradient is the norm's plus the one that comes in for h itself;
@@ -635,6 +664,14 @@ def rope_v2(q, k, cos, sin, inverse: bool = False) -> tuple[torch.Tensor, torch.
 
 rope.rung("one launch", rope_v2, rope_kernel_v2, note="the angles stay in registers from q to k")
 rope.ladder("RoPE of queries and keys")
+lesson.say(
+    f"""
+    Written out in eager torch {lesson.figure("rope", "torch, written out", "us"):.0f} us; two launches
+    {lesson.figure("rope", "a launch for q, one for k", "us"):.0f} us; one
+    {lesson.figure("rope", "one launch", "us"):.0f} us, at {100 * lesson.figure("rope", "one launch", "fraction"):.0f} % of
+    the limit.
+    """
+)
 
 # %% [markdown]
 # **The gradient of a rotation is the rotation back.** A linear map's gradient is its transpose, and the transpose of a
@@ -769,6 +806,13 @@ def swiglu_v1(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 swiglu.rung("one kernel", swiglu_v1, swiglu_kernel_v1)
 swiglu.ladder("SwiGLU")
+lesson.say(
+    f"""
+    Eager {lesson.figure("swiglu", "torch, eager", "us"):.0f} us, one kernel
+    {lesson.figure("swiglu", "one kernel", "us"):.0f} us; the bytes say 10 / 6 = 1.67 times, measured are
+    {lesson.figure("swiglu", "torch, eager", "us") / lesson.figure("swiglu", "one kernel", "us"):.2f}.
+    """
+)
 
 
 @torch.library.custom_op("tt_lesson::swiglu_bwd", mutates_args=())
@@ -822,7 +866,10 @@ def counted(target: torch.Tensor) -> torch.Tensor:
 
 def ce_inputs(m: int, v: int) -> tuple[torch.Tensor, torch.Tensor]:
     target = torch.randint(0, v, (m,), device=lesson.device)
-    target[1::5] = -100
+    if (
+        m < 1000
+    ):  # some that do not count, for the checks; what is timed counts, all of it, so that everybody does the same work
+        target[1::5] = -100
     return 3 * lesson.randn(m, v, dtype=bf16), target
 
 
@@ -912,6 +959,15 @@ def ce_v2(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 ce.rung("one pass", ce_v2, ce_kernel_v2, note="maximum and sum together")
 ce.ladder("Cross entropy of rows of 128256")
+lesson.say(
+    f"""
+    Two passes {lesson.figure("cross_entropy", "two passes", "us"):.0f} us, one
+    {lesson.figure("cross_entropy", "one pass", "us"):.0f} us, eager
+    {lesson.figure("cross_entropy", "torch, eager", "us"):.0f} us. (One pass has two exponentials an element instead of one.
+    The shipped kernel, {lesson.figure("cross_entropy", "torch.ops.tt.cross_entropy", "us"):.0f} us, gives a lane four logits at
+    a time, and scales its sum once for the four.)
+    """
+)
 
 # %% [markdown]
 # ## The gradient, written in the forward
@@ -943,13 +999,13 @@ def ce_step_reference(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch
 def ce_step_torch(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logits = logits.detach().requires_grad_()
     loss = F.cross_entropy(logits, target)
-    return loss, *torch.autograd.grad(loss, logits)
+    return loss.detach(), *torch.autograd.grad(loss, logits)
 
 
 def ce_step_shipped(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logits = logits.detach().requires_grad_()
     loss = torch.ops.tt.cross_entropy(logits, target)
-    return loss, *torch.autograd.grad(loss, logits)
+    return loss.detach(), *torch.autograd.grad(loss, logits)
 
 
 ce_step = lesson.problem(
@@ -1042,6 +1098,14 @@ def ce_step_v2(logits, target, BLOCK_V: int = 4096, num_warps: int = 8):
 
 ce_step.rung("gradient in the forward", ce_step_v2, ce_step_kernel_v2, note="the second read comes from L2, if it can")
 ce_step.ladder("Cross entropy, loss and gradient")
+lesson.say(
+    f"""
+    Eager {lesson.figure("cross_entropy, step", "torch, eager", "us"):.0f} us; forward and backward
+    {lesson.figure("cross_entropy, step", "forward and backward", "us"):.0f} us; the gradient in the forward
+    {lesson.figure("cross_entropy, step", "gradient in the forward", "us"):.0f} us. Three passes would become two, a gain of
+    1.5, if every second read came from L2.
+    """
+)
 
 # %% [markdown]
 # ## Autotuning
@@ -1119,7 +1183,7 @@ lesson.say("Checked: opcheck with the gradient; loss and gradient equal those of
 # | 8192 tokens, H = 4096, V = 128256, bf16 | bytes |
 # |---|---|
 # | logits, all rows | 2.10 GB |
-# | logits and their gradient, eager | 4.2 GB and more |
+# | logits, log-softmax and the gradients of both, as eager makes them | up to 8.4 GB |
 # | one chunk of 2048 rows, logits becoming their gradient | 0.53 GB |
 # | the gradients that are wanted: dhidden, dweight | 0.07 + 1.05 GB |
 #
@@ -1255,19 +1319,19 @@ lce_op = lce.register(
     ),
 )
 lce_op.register_autograd(scaled_gradients, setup_context=saves_its_gradients)
-same_as_shipped(lce_op, "linear_cross_entropy", lce_inputs(7, 16, 33, torch.float32), 1e-4)
+same_as_shipped(lce_op, "linear_cross_entropy", lce_inputs(7, 16, 33, torch.float32), 1e-3)
 lesson.say("Checked: opcheck with the gradient; loss and gradients equal those of `torch.ops.tt.linear_cross_entropy`.")
 
 # %% [markdown]
 # ## A bug on purpose
 #
 # In place is a trap. `ce_step_kernel_v2` loads the target's logit first of all. Load it where it is used, behind the
-# loop say, and with logits and gradient in one memory it is no longer a logit: the kernel has just written `p - 1`
-# there. Every gradient is right, training goes as well as ever, and the loss that it prints is wrong, about as large as
-# it should be. (With the load *between* statistics and loop it would be a race: one warp may be writing in the loop
-# while another has not yet loaded. Before the statistics it is safe, since their reduction across warps is a barrier.)
-# What finds it is a test that compares every output, the loss too, with a reference, called as the model will call it:
-# in place.
+# loop say, and with logits and gradient in one memory it is no longer a logit: the kernel has just written `(p - 1) /
+# count` there. Every gradient is right, training goes as well as ever, and the loss that it prints is wrong, about as
+# large as it should be. (With the load *between* statistics and loop it would be a race: one warp may be writing in the
+# loop while another has not yet loaded. Before the statistics it is safe, since their reduction across warps is a
+# barrier.) What finds it is a test that compares every output, the loss too, with a reference, called as the model will
+# call it: in place.
 
 
 # %%
@@ -1326,10 +1390,6 @@ class Parts(NamedTuple):
 
 def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-def tt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return torch.ops.tt.flash_attn(q, k, v, causal=True)
 
 
 TORCH = Parts(norm_reference, add_norm_reference, rope_reference, swiglu_reference, torch_attention)
@@ -1404,14 +1464,15 @@ for name, forward in (
     ("torch_triton_ops.nn.LlamaBlock", shipped_with(small)),
 ):
     for got, want in zip(gradients(forward, small, small_inputs, dy), wanted, strict=True):
-        assert close(got, want, 1e-4), f"a block of {name}: the output or a gradient differs from torch's"
+        assert close(got, want, 1e-3), f"a block of {name}: the output or a gradient differs from torch's"
 lesson.say("Checked: output and all ten gradients of the block, of our kernels and of `nn.LlamaBlock`, equal torch's.")
 
 
 # %% [markdown]
 # Now its step, forward and backward, at the size of Llama-3-8B: hidden 4096, 14336 inside, 32 heads of queries and 8 of
-# keys, 4096 tokens, bf16. To say what each change is worth, they are made one at a time: first only our small kernels,
-# with torch's attention and products; then `nn.LlamaBlock`, whose attention is `tt.flash_attn`.
+# keys, 4096 tokens, bf16. To say what each
+# change is worth, they are made one at a time: "torch" writes the small things out, as models do; "the lesson's kernels"
+# replace just these, with torch's attention and products; in `nn.LlamaBlock` attention is `tt.flash_attn` as well.
 
 
 # %%
@@ -1440,6 +1501,11 @@ def liger_parts() -> Parts | None:
 
 HIDDEN, INNER, HEADS, KV_HEADS = 4096, 14336, 32, 8
 TOKENS = lesson.size(1024, 4096)
+PRODUCTS = 2 * HIDDEN * HIDDEN * (1 + KV_HEADS / HEADS) + 3 * HIDDEN * INNER  # weights of the seven products
+ATTENTION = 4 * TOKENS * TOKENS * HIDDEN / 2  # flops of its two products, over the causal half
+FLOPS = int(
+    6 * TOKENS * PRODUCTS + 3.5 * ATTENTION
+)  # the backward of a product is two; that of attention has five for two
 
 
 def time_steps() -> None:
@@ -1462,10 +1528,6 @@ def time_steps() -> None:
     if liger is not None:
         runs["Liger, eager"] = block_with(block, liger)
 
-    products = sum(p.numel() for p in block.parameters() if p.dim() == 2)
-    attention = 4 * TOKENS * TOKENS * HIDDEN // 2  # two products over the causal half
-    flops = 6 * TOKENS * products + 7 * attention // 2  # attention's backward has five products for its two
-
     for name, forward in runs.items():
 
         def calls(forward: Callable[..., torch.Tensor] = forward) -> Callable[[], Any]:
@@ -1474,7 +1536,7 @@ def time_steps() -> None:
             return lambda: gradients(forward, block, inputs, dy)
 
         baseline = name.startswith(("torch", "Liger"))
-        lesson.measure("step", name, calls, 4 * products, flops, f"{TOKENS} tokens", baseline=baseline)
+        lesson.measure("step", name, calls, int(4 * PRODUCTS), FLOPS, f"{TOKENS} tokens", baseline=baseline)
 
 
 if lesson.timing:
@@ -1502,8 +1564,9 @@ lesson.answer(
     {100 * (1 - step["the lesson's kernels, eager"] / step["torch, eager"]):.0f} % of the step. torch.compile, which fuses
     the same chains by itself, takes {step["torch, compiled"]:.1f} ms; our kernels under torch.compile
     {step["the lesson's kernels, compiled"]:.1f} ms; Liger's in the same places {step["Liger, eager"]:.1f} ms;
-    `nn.LlamaBlock` {step["nn.LlamaBlock, eager"]:.1f} ms, compiled {step["nn.LlamaBlock, compiled"]:.1f} ms. The matrix products
-    are the floor under all of them: what remains above it is all that a kernel of this lesson can win.
+    `nn.LlamaBlock` {step["nn.LlamaBlock, eager"]:.1f} ms, compiled {step["nn.LlamaBlock, compiled"]:.1f} ms. At this GPU's
+    measured rate the products and the attention alone would take {FLOPS / 1e9 / lesson.limit("matmul_tflops"):.1f} ms: what
+    lies between is all that better kernels can still win.
     """
 )
 
@@ -1512,7 +1575,7 @@ lesson.answer(
 #
 # * `ex1`: the gradient of RMSNorm's weight by partial sums: each program its rows, no atomics.
 # * `ex2`: the backward of interleaved RoPE.
-# * `ex3`: cross entropy's gradient with ignored rows and label smoothing.
+# * `ex3`: cross entropy's gradient, where some rows do not count.
 #
 # ## Pitfalls
 #
