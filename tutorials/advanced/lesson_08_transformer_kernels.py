@@ -973,8 +973,8 @@ lesson.say(
 # ## The gradient, written in the forward
 #
 # `dlogits = (softmax(z) - onehot(target)) / count`: the same size as the logits, 2.1 GB for 8192 rows, and nothing in
-# it depends on the backward, save one factor, the loss's own upstream gradient, which is one number, and nearly always
-# 1. So it can be written in the forward, when the row has just passed through the cache.
+# it depends on the backward, save one factor, the loss's own upstream gradient, a single number and nearly always one.
+# So it can be written in the forward, when the row has just passed through the cache.
 #
 # Below, a training step of the loss: first as a forward and a backward kernel, which read the logits from memory twice
 # and write once; then as one kernel, whose second read *may* come from L2. May: an H200 has 50 MB of it, and a row of
@@ -982,10 +982,11 @@ lesson.say(
 # again. The autotuning table below is about that.
 #
 # What it costs: a forward without gradient (evaluation) must not do it; the upstream factor still has to be multiplied
-# in, another read and write unless somebody knows that it is 1, and asking for that means waiting for the GPU; and with
-# `reduction="none"` there is a factor for each row, so it cannot be done at all. The shipped `tt.cross_entropy`
-# therefore saves 8 bytes a row, its maximum and log-sum, and computes the gradient in the backward; the shipped
-# `tt.linear_cross_entropy`, where it pays most, does it in the forward.
+# in, another read and write unless somebody knows that it is 1, and asking for that means waiting for the GPU; with
+# `reduction="none"` there is a factor for each row, and it is never known; and in float16 `p / count` is rounded to
+# nothing before a loss scale could save it. The shipped `tt.cross_entropy` therefore saves 8 bytes a row, its maximum
+# and log-sum, and computes the gradient in the backward; the shipped `tt.linear_cross_entropy`, where it pays most,
+# does it in the forward.
 
 
 # %%
