@@ -6,7 +6,7 @@
 #   level: advanced
 #   minutes: 90
 #   prerequisites: [4, 5, 6]
-#   ops: [flash_attn]
+#   ops: [flash_attn, flash_attn_varlen, paged_decode_attn, kv_cache_write]
 #   concepts: [attention, online softmax, causal skipping, grouped heads, log-sum-exp, recomputation, warp specialisation, TMA]
 #   exercises: [ex1, ex2, ex3]
 # ---
@@ -327,22 +327,23 @@ stored, ours, shipped, cudnn = (
     lesson.figure("attention", name, "us")
     for name in ("torch, three lines", "base 2, scale folded", "torch.ops.tt.flash_attn", "torch, cuDNN")
 )
-matrix_us = 6 * 2**30 / lesson.limit() * 1e-6 if lesson.limit() else lesson.limit()
-product_us = 4 * 32 * 4096**2 * 128 / lesson.limit("matmul_tflops") * 1e-6
+_, H, S, D = list(attention.timed.values())[-1]
+matrix_us = 6 * 2 * H * S * S / lesson.limit() * 1e-6
+product_us = 4 * H * S * S * D / lesson.limit("matmul_tflops") * 1e-6
 measured = (
     f"""
-    Both limits were measured in the same run. At them the two products alone take {product_us:.0f} us, and six passes over
-    a matrix of 1 GiB {matrix_us:.0f} us: the matrix costs {matrix_us / product_us:.1f} times what must be done. Measured: three
-    lines {stored:.0f} us, our kernel {ours:.0f} us, {stored / ours:.1f} times as fast; cuDNN {cudnn:.0f} us; the shipped op
+    Both limits were measured in the same run. At them the two products alone take {product_us:.0f} us, and six passes over the
+    matrix {matrix_us:.0f} us: storing it costs {matrix_us / product_us:.1f} times what must be done. Measured: three lines
+    {stored:.0f} us, our kernel {ours:.0f} us, {stored / ours:.1f} times as fast; cuDNN {cudnn:.0f} us; the shipped op
     {shipped:.0f} us. The last part of this lesson is about what is left between our kernel and the shipped one.
     """
     if stored
-    else "How much that is on an H200 is not recorded yet; on a GPU this lesson measures it."
+    else "\nHow much that is on an H200 is not recorded yet; on a GPU this lesson measures it."
 )
 lesson.answer(
-    f"""
-    By arithmetic: 2048 flops for each byte that must be moved, where a GPU does a few hundred in that time. The six passes over
-    the matrix are what the kernel saves; the products, their exponentials and 128 MiB are what it keeps.
+    """
+    By arithmetic: S / 2 flops for each byte that must be moved, 2048 at S = 4096, where a GPU does a few hundred in that time.
+    The kernel saves six passes over the matrix; the products, their exponentials, and q, k, v and out remain.
     """
     + measured
 )
@@ -548,6 +549,23 @@ def causal_v2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.
 
 causal.rung("skip what is hidden", causal_v2, (attend_v1, causal_kernel_v2), note="the loop ends at the diagonal")
 
+
+def toy_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    S, D = q.shape[2:]
+    out, lse = torch.empty_like(q), torch.empty(S, device=q.device)
+    options = {"SCALE": D**-0.5, "GROUP": 1, "D": D, "BLOCK_M": 16, "BLOCK_N": 16}
+    causal_kernel_v2[(triton.cdiv(S, 16), 1)](q, k, v, out, lse, S, **options)
+    return out
+
+
+causal.picture(
+    *(toy_causal, 1, 1, 1, 48, 16),
+    title="Causal: early keys are read by all programs, the last block by one",
+    view="touches",
+    tensors=("q", "k", "v", "out"),
+    name="causal",
+)
+
 # %% [markdown]
 # ## Rung 6: mask the edge only
 #
@@ -670,7 +688,7 @@ causal.rung("the longest first", causal_v4, (attend_v2, causal_kernel_v4), note=
 # the batch comes along by itself, since (b * H + h) // GROUP = b * Hkv + h // GROUP. And the heads of a group,
 # neighbours on axis 0, run at the same time and find the same keys in the L2 cache.
 #
-# Block sizes and warps become arguments, for the autotuning table.
+# Block sizes and stages become arguments, for the autotuning table.
 
 
 # %%
@@ -700,14 +718,14 @@ def causal_kernel_v5(
 
 
 def causal_v5(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, BLOCK_M: int = 128, BLOCK_N: int = 64, num_warps: int = 8
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, BLOCK_M: int = 128, BLOCK_N: int = 64, num_stages: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, H, S, D = q.shape
     GROUP = H // k.shape[1]
     out, lse = torch.empty_like(q), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     options = {"SCALE": D**-0.5, "GROUP": GROUP, "D": D, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     grid = (B * H, triton.cdiv(S, BLOCK_M))
-    causal_kernel_v5[grid](q, k, v, out, lse, S, **options, num_warps=num_warps, num_stages=2)
+    causal_kernel_v5[grid](q, k, v, out, lse, S, **options, num_warps=8, num_stages=num_stages)
     return out, lse
 
 
@@ -735,8 +753,8 @@ masked, skipped, edge_only, longest, grouped = (
 if masked:
     lesson.say(
         f"""
-        What each rung was worth: skipping {masked / skipped:.2f} times, masks at the edge only {skipped / edge_only:.2f}, the order
-        {edge_only / longest:.2f}, no copies {longest / grouped:.2f}.
+        What each rung was worth: skipping {masked / skipped:.2f} times, masks at the edge only {skipped / edge_only:.2f},
+        the order {edge_only / longest:.2f}, no copies {longest / grouped:.2f}.
         """
     )
 
@@ -744,15 +762,16 @@ if masked:
 # ## The autotuning table
 #
 # A larger block of queries uses each key more often; a larger block of keys has fewer steps, each with its reductions
-# and its rescaling. Both need registers: `acc` alone is BLOCK_M * D numbers in fp32, 64 of them for each of 256 threads
-# at 128 x 128, and the scores of a step as many again. Past 255 a thread they spill.
+# and its rescaling. Both need registers: at 128 x 128 `acc` is 64 numbers for each of 256 threads, and the scores of a
+# step are as many again. Past 255 a thread they spill. `num_stages` is how many blocks of keys and values are under way
+# or in use at once, in shared memory. Eight warps are two groups of four, each with 64 of the 128 queries.
 
 # %%
 causal.autotune(
     causal_v5,
     [
-        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w}
-        for m, n, w in ((128, 64, 8), (128, 128, 8), (128, 32, 8), (64, 64, 4), (128, 128, 4))
+        {"BLOCK_M": m, "BLOCK_N": n, "num_stages": stages}
+        for m, n, stages in ((128, 64, 2), (128, 64, 3), (128, 128, 2), (256, 64, 2))
     ],
 )
 
@@ -1093,8 +1112,8 @@ if every:
 # an operator of its own, because torch.compile traces it, and what it traces must be operators.
 #
 # The shipped op keeps lse to itself: `flash_attn` returns out, `flash_attn_fwd` (the `forward:` of its entry) both, and
-# runs only where a gradient is needed; without one, lse is not even written. The assertion at the end compares all
-# three outputs and gradients of the lesson's kernels with those of the shipped op's Triton kernels.
+# runs only where a gradient is needed; without one, lse is not even written. The last cell asserts that out, lse, dq,
+# dk and dv of the lesson's kernels are those of the shipped op's Triton kernels.
 
 
 # %%
@@ -1379,6 +1398,17 @@ if tensor_cores["grouped heads"]:
 # The price is in the file: some 500 lines of kernel for one generation of GPUs, beside 60 that run on all of them. The
 # shipped op has both. The Triton kernel takes windows, soft caps, biases, sinks, fp32 and every other GPU;
 # `TORCH_TRITON_OPS_ATTENTION=triton` forces it.
+
+# %% [markdown]
+# ## What else is made of this
+#
+# * `flash_attn_varlen`: sequences of different lengths in one tensor, without padding. A program looks up where its
+#   sequence begins and ends; the loop is the same.
+# * `paged_decode_attn`: one new query a sequence, against thousands of keys in a cache. One query is one program, and a
+#   GPU has 132 SMs; so the keys are shared out among many programs, and their (out, lse) are merged: `ex1`. The four
+#   heads of a group become four rows of one block, so that a key is loaded once for all of them.
+# * `kv_cache_write` puts the new keys and values into the pages of that cache, in place: the one kind of operator whose
+#   schema says that it writes to its arguments.
 
 # %% [markdown]
 # ## Exercises
