@@ -352,8 +352,8 @@ lesson.answer(
 # ## A bug on purpose
 #
 # `l` is rescaled, `acc` is not. A test with one block of keys passes: in the first step there is nothing to rescale.
-# Rows whose largest score comes early are right, too. The others give old values too much weight, by a factor that is
-# different in every row. Whoever tests an online algorithm tests it with several blocks.
+# Rows whose largest score is in the first block are right, too. The others give old values too much weight, by a factor
+# that is different in every row. Whoever tests an online algorithm tests it with several blocks.
 
 
 # %%
@@ -759,23 +759,6 @@ if masked:
     )
 
 # %% [markdown]
-# ## The autotuning table
-#
-# A larger block of queries uses each key more often; a larger block of keys has fewer steps, each with its reductions
-# and its rescaling. Both need registers: at 128 x 128 `acc` is 64 numbers for each of 256 threads, and the scores of a
-# step are as many again. Past 255 a thread they spill. `num_stages` is how many blocks of keys and values are under way
-# or in use at once, in shared memory. Eight warps are two groups of four, each with 64 of the 128 queries.
-
-# %%
-causal.autotune(
-    causal_v5,
-    [
-        {"BLOCK_M": m, "BLOCK_N": n, "num_stages": stages}
-        for m, n, stages in ((128, 64, 2), (128, 64, 3), (128, 128, 2), (256, 64, 2))
-    ],
-)
-
-# %% [markdown]
 # ## The backward, derived
 #
 # Given `dout`, wanted are dq, dk, dv. The chain, backwards, with everything S x S in capitals:
@@ -839,7 +822,7 @@ back = lesson.problem(
 )
 
 # %% [markdown]
-# ## Rung 1: every block
+# ## Backward, rung 1: every block
 #
 # Three kernels. Queries past the end get lse = +inf: exp(s - inf) is 0, and no mask is needed for them.
 
@@ -934,10 +917,10 @@ def backward_v1(
 back.rung("every block", backward_v1, (delta_kernel, dkdv_kernel_v1, dq_kernel_v1))
 
 # %% [markdown]
-# ## Rung 2: skip what is hidden
+# ## Backward, rung 2: skip what is hidden
 #
 # The same skip, seen from both sides: queries before a block of keys do not see it, keys behind a block of queries are
-# not seen.
+# not seen. Here the *first* block of keys has the most to do, and programs start in that order already.
 
 
 # %%
@@ -1019,7 +1002,7 @@ def backward_v2(
 back.rung("skip what is hidden", backward_v2, (delta_kernel, dkdv_kernel_v2, dq_kernel_v2), note="both loops")
 
 # %% [markdown]
-# ## Rung 3: scores transposed
+# ## Backward, rung 3: scores transposed
 #
 # dv = P^T dout needs P with the keys as rows, and the accumulators dk and dv have keys as rows too. A block of P as it
 # comes out of `q @ k^T` has queries as rows, so each of its elements must first move to another thread, through shared
@@ -1185,6 +1168,25 @@ for case in causal.check:
 lesson.say("The lesson's kernels and the shipped op's agree, within rounding: out, lse, dq, dk and dv.")
 
 # %% [markdown]
+# ## The autotuning table
+#
+# Back to the forward, rung 8.
+#
+# A larger block of queries uses each key more often; a larger block of keys has fewer steps, each with its reductions
+# and its rescaling. Both need registers: at 128 x 128 `acc` is 64 numbers for each of 256 threads, and the scores of a
+# step are as many again. Past 255 a thread they spill. `num_stages` is how many blocks of keys and values are under way
+# or in use at once, in shared memory. Eight warps are two groups of four, each with 64 of the 128 queries.
+
+# %%
+causal.autotune(
+    causal_v5,
+    [
+        {"BLOCK_M": m, "BLOCK_N": n, "num_stages": stages}
+        for m, n, stages in ((128, 64, 2), (128, 64, 3), (128, 128, 2), (256, 64, 2))
+    ],
+)
+
+# %% [markdown]
 # ## What it does to memory
 #
 # Peak memory of one forward and backward beyond the inputs, 8 heads of 64 numbers. The three lines keep p for the
@@ -1296,14 +1298,14 @@ if library_us:
 # memory, copies and barriers are placed by hand (lesson 9). Four ideas carry it:
 #
 # **Warp specialisation.** `gl.warp_specialize` gives different warps different code. One warp is the *producer* and
-# only starts copies. Two groups of four warps, *warpgroups*, are *consumers* with 64 queries each: a warpgroup is what
-# Hopper's matrix instruction, `wgmma`, runs on. The parts talk through barriers in shared memory: `full` says that a
-# buffer's data has come, `empty` that its readers are done.
+# only starts copies. Two groups of four warps, *warpgroups*, are *consumers* with 64 queries each (three at D = 64): a
+# warpgroup is what Hopper's matrix instruction, `wgmma`, runs on. The parts talk through barriers in shared memory:
+# `full` says that a buffer's data has come, `empty` that its readers are done.
 #
 # **TMA.** A copy of a whole block is one instruction of one thread: a descriptor, made by the host, knows shape and
 # strides. No warp computes addresses, rows past the end arrive as zeros, and the hardware counts the arrived bytes into
 # the barrier. So the producer needs 24 registers a thread, and `setmaxnreg` hands the others to the consumers: 240
-# each, which a kernel with equal warps could not have.
+# each, where twelve equal warps would have 168.
 #
 # **Products under the softmax, in one consumer.** `wgmma` is asynchronous. A step issues S(i) = Q K(i)^T and right
 # behind it O += P(i+1) V(i+1), of the step before (blocks go from the last to the first, so the masked ones come
