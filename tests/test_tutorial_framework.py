@@ -58,6 +58,17 @@ def product_kernel(a_ptr, b_ptr, c_ptr, sum_ptr, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _quadruple(x):
+    return _sum_of(x + tl.zeros_like(x)) * TWO
+
+
+@triton.jit
+def shared_helper_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(out_ptr, _quadruple(x) - _sum_of(x))
+
+
+@triton.jit
 def box_kernel(x_desc, out_desc, BLOCK: tl.constexpr):
     out_desc.store([tl.program_id(0) * BLOCK, 0], x_desc.load([tl.program_id(0) * BLOCK, 0]) * 2)
 
@@ -116,6 +127,8 @@ def test_interpreted_kernels_write_back_and_may_call_others() -> None:
     torch.testing.assert_close(c, a.float() @ b.float())
     # the sum in another order: within some roundings of what is added up, however much of it cancels
     torch.testing.assert_close(total[0], 4 * c.sum(), rtol=0, atol=4e-6 * c.abs().sum().item())
+    shared_helper_kernel[(1,)](torch.ones(16), total, BLOCK=16)  # _sum_of again, by itself and inside another
+    assert total[0] == 32
     for dtype in (torch.float32, torch.float16, torch.bfloat16):  # bf16 is rounded, as on a GPU
         x, y = torch.randn(2, 1000).to(dtype)
         x[:4] = torch.tensor([float("inf"), float("nan"), 0.0, 3e38]).to(dtype)

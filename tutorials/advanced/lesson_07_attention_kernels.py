@@ -1211,7 +1211,7 @@ def peak_mib(function, length: int) -> float:
 if lesson.timing:
     for length in LENGTHS:
         for name, function in (("torch, as written", naive_causal), ("grouped heads", op)):
-            row = {"table": "memory", "name": name, "case": str(length)}
+            row = {"table": "memory", "name": name, "case": str(length), "baseline": function is naive_causal}
             lesson.rows.append(row | {"peak MiB": round(peak_mib(function, length), 1)})
 lines = ["| S | torch, as written | our op | ratio |", "|---|---|---|---|"]
 for length in LENGTHS:
@@ -1220,6 +1220,13 @@ for length in LENGTHS:
     )
     lines.append(f"| {length} | {stored:.0f} MiB | {kept:.0f} MiB | {stored / kept:.0f} |")
 lesson.say("\n".join(lines) if stored else "Not recorded yet; on a GPU this lesson measures it.")
+lesson.chart(
+    *("memory", "Memory of a forward and a backward, by length"),
+    kind="lines",
+    measure="peak MiB",
+    limit=False,
+    xlabel="queries and keys",
+)
 
 # %% [markdown]
 # ## Into a model
