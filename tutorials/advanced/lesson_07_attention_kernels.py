@@ -761,17 +761,18 @@ if masked:
 # %% [markdown]
 # ## The backward, derived
 #
-# Given `dout`, wanted are dq, dk, dv. The chain, backwards, with everything S x S in capitals:
+# Given `dout`, wanted are dq, dk, dv. The chain, backwards, with the matrices of queries by keys in capitals, Z for the
+# scores:
 #
 # | forward | backward |
 # |---|---|
 # | `out = P v` | `dv = P^T dout`, `dP = dout v^T` |
-# | `P = softmax(S)`, along rows | `dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij)` |
-# | `S = scale q k^T` | `dq = scale dS k`, `dk = scale dS^T q` |
+# | `P = softmax(Z)`, along rows | `dZ_ij = P_ij (dP_ij - sum_j P_ij dP_ij)` |
+# | `Z = scale q k^T` | `dq = scale dZ k`, `dk = scale dZ^T q` |
 #
-# Two things stand in the way of not storing matrices.
+# Two things seem to need a stored matrix.
 #
-# **P is gone.** It can be computed again, and not even online: `P_ij = exp(S_ij - lse_i)`. With the saved log-sum-exp a
+# **P is gone.** It can be computed again, and not even online: `P_ij = exp(Z_ij - lse_i)`. With the saved log-sum-exp a
 # block of P depends on its own rows of q and k alone. One more product, instead of S^2 numbers saved.
 #
 # **The sum runs along the whole row.** But it is known beforehand:
@@ -785,12 +786,12 @@ if masked:
 # D flops (2.5 times the forward).
 #
 # lse is an output too. If somebody uses it (who merges parts of an attention does), its gradient `dlse` adds
-# `P_ij dlse_i` to dS_ij. So `dS = P (dP - (delta - dlse))`: subtract it from delta, once a row, and no kernel needs to
+# `P_ij dlse_i` to dZ_ij. So `dZ = P (dP - (delta - dlse))`: subtract it from delta, once a row, and no kernel needs to
 # know.
 #
 # dk and dv are sums over queries, dq is a sum over keys. One kernel for all three must add into one of them from many
 # programs, with atomics, and the last bits then depend on who comes first. Here, as in the shipped Triton kernels,
-# there are two kernels, and S and dP are computed in both: 14 S^2 D flops, and results that repeat bit for bit. The
+# there are two kernels, and Z and dP are computed in both: 14 S^2 D flops, and results that repeat bit for bit. The
 # rate below counts 10.
 
 
@@ -1008,7 +1009,7 @@ back.rung("skip what is hidden", backward_v2, (delta_kernel, dkdv_kernel_v2, dq_
 # comes out of `q @ k^T` has queries as rows, so each of its elements must first move to another thread, through shared
 # memory, twice a step. Compute `k @ q^T` instead and it comes out as it is wanted. Besides, Hopper's matrix instruction
 # takes 64 rows at a time from each group of four warps: a block of 32 queries is too low for it, the 128 keys are not.
-# The kernel for dq needs dS with queries as rows; it is right as it is.
+# The kernel for dq needs dZ with queries as rows; it is right as it is.
 
 
 # %%
@@ -1324,8 +1325,8 @@ if library_us:
 # long, the kernel does so. At D = 128 it leaves them out: two consumers that wait for the same tensor cores fall into
 # that rhythm by themselves, and when the kernel was tuned the barriers gained nothing.
 #
-# In the middle of a tile at D = 128, a character for about 100 clocks (S2: scores of key block 2, PV3: P times V of
-# block 3):
+# The plan for the middle of a tile at D = 128, a character for about 100 clocks (S2: scores of key block 2, PV3: P
+# times V of block 3):
 #
 # ```
 # producer      [K1 V2            ][K0 V1            ][V0, next Q and K  ]  1 warp starts copies, memory works
