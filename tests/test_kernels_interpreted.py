@@ -94,17 +94,21 @@ def interpreter() -> Iterator[Interpreter]:
 def every_dtype() -> Iterator[Any]:
     for spec in registry.specs():
         for dtype in spec.dtypes:
-            yield pytest.param(spec, dtype, id=f"{spec.name}-{dtype_name(dtype)}")
+            # fp16 takes bf16's way through a kernel: a third of the samples proves its loads and stores
+            parts = 3 if dtype == torch.float16 and torch.bfloat16 in spec.dtypes else 1
+            yield pytest.param(spec, dtype, parts, id=f"{spec.name}-{dtype_name(dtype)}")
 
 
 @pytest.mark.timeout(TIMEOUT + 30)
-@pytest.mark.parametrize(("spec", "dtype"), list(every_dtype()))
-def test_kernel(spec: registry.OpSpec, dtype: torch.dtype, interpreter: Interpreter, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("spec", "dtype", "parts"), list(every_dtype()))
+def test_kernel(
+    spec: registry.OpSpec, dtype: torch.dtype, parts: int, interpreter: Interpreter, tmp_path: Path
+) -> None:
     """`guard` compares values and gradients of every sample between guard bands, on poisoned memory."""
     checks = [f"--check={name}" for name in ("guard", "gradients", "strides")]
-    dtype_option = f"--dtype={str(dtype).removeprefix('torch.')}"
+    samples = [f"--dtype={str(dtype).removeprefix('torch.')}", "--part", "0", str(parts)]
     output = tmp_path / "output"
-    status = interpreter.run(["--device=cpu", f"--op={spec.qualname}", dtype_option, *checks], output)
+    status = interpreter.run(["--device=cpu", f"--op={spec.qualname}", *samples, *checks], output)
     assert status == 0, f"\n{output.read_text()}"
 
 
