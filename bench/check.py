@@ -95,10 +95,19 @@ def _attention_slices(arguments: dict[str, Any]) -> Iterator[tuple[dict[str, Ind
             yield {"q": query, "k": key, "v": key}, [query]
 
 
+def _attention_fp8_slices(arguments: dict[str, Any]) -> Iterator[tuple[dict[str, Index], list[Index]]]:
+    """As `_attention_slices`, with each head's scales, (H,) or (B, H)."""
+    for indices, outputs in _attention_slices(arguments):
+        for name, of in (("q_scale", "q"), ("k_scale", "k"), ("v_scale", "v")):
+            indices[name] = indices[of][-arguments[name].dim() :]
+        yield indices, outputs
+
+
 # op -> slices of its tensors that can be computed alone, with the slice of each output. Gradients of overlapping slices
 # add up.
 _SLICES: dict[str, Callable[[dict[str, Any]], Iterator[tuple[dict[str, Index], list[Index]]]]] = {
-    "flash_attn": _attention_slices
+    "flash_attn": _attention_slices,
+    "flash_attn_fp8": _attention_fp8_slices,
 }
 
 
@@ -183,8 +192,9 @@ def _errors(value: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     square = scale = largest = 0.0
     # in pieces: a whole fp64 difference of a gigabyte tensor would be two more of them
     for got, want in zip(_pieces(value), _pieces(expected), strict=True):
-        got, want = got.to(want.dtype) if want.is_floating_point() else got.double(), want
-        want = want if want.is_floating_point() else want.double()
+        # integers do not subtract as numbers do, and float8 not at all
+        want = want if want.is_floating_point() and want.itemsize > 1 else want.double()
+        got = got.to(want.dtype)
         difference = torch.where(got == want, torch.zeros_like(want), got - want)  # equal infinities differ by nothing
         square += difference.square().sum().item()
         scale += torch.where(want.isfinite(), want, torch.zeros_like(want)).square().sum().item()

@@ -311,6 +311,28 @@ def _flash_attn_eager() -> Function:
     return lambda q, k, v, **options: _sdpa(q, k, v, options)
 
 
+@_peer("flash_attn_fp8", "eager")
+def _flash_attn_fp8_eager() -> Function:
+    """Without a float8 attention torch computes in half precision."""
+
+    def call(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_scale: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        out_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        dtype = out_dtype or torch.bfloat16
+        pairs = ((q, q_scale), (k, k_scale), (v, v_scale))
+        q, k, v = ((x.float() * factor[..., None, None]).to(dtype) for x, factor in pairs)
+        return _sdpa(q, k, v, options)
+
+    return call
+
+
 def _sdpa_backend(backend: SDPBackend) -> Function:
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         with sdpa_kernel(backend):

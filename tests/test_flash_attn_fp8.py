@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import check
 from torch_triton_ops import launch, offline
 from torch_triton_ops.ops import flash_attn_fp8 as fp8
 
@@ -80,3 +81,15 @@ def test_which_kernel_runs(hopper: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert last(80) == last(100) == portable
     for refused in ({"D": 72}, {"D": 32}, {"D": 256}, {"out_dtype": torch.float32}, {"scale": -1.0}, {"Skv": 0}):
         assert last(90, **refused) == portable
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_benchmarks_slices_take_their_scales_along(batched: bool) -> None:
+    names = ("q", "k", "v", "q_scale", "k_scale", "v_scale")
+    tensors = fp8._call("cpu", 2, 4, 2, 5, 7, 16, batched=batched)
+    inputs = check.InputSet(dict(zip(names, tensors, strict=True)) | {"causal": True}, 6, {}, [None])
+    sliced, whole = (
+        check.reference_values(op, fp8.flash_attn_fp8_reference, inputs, torch.float64)
+        for op in ("flash_attn_fp8", "another_op")
+    )
+    torch.testing.assert_close(sliced, whole)

@@ -455,7 +455,7 @@ def flash_attn_fp8_bench_cases() -> Iterator[BenchCase]:
         def make(
             device: torch.device | str,
             dtype: torch.dtype,
-            sizes: tuple[int, ...] = (B, Hq, Hkv, S, S, D),
+            sizes: tuple[int, int, int, int, int, int] = (B, Hq, Hkv, S, S, D),
             causal: bool = causal,
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return _call(device, *sizes, batched=True), {"causal": causal}

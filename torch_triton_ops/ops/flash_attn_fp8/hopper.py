@@ -1,7 +1,7 @@
 """Attention of float8 inputs for Hopper (sm_90), in Gluon. `forward` launches two kernels.
 
 The first makes the tensor cores' operand of v. They take float8 only with the summed dimension contiguous: for P V that is the
-keys, so v is transposed. On the way the keys change places within each 16 (`_place_of_key`): as an accumulator of S = Q K^T holds
+keys, so v is transposed. On the way the keys change places within each 16 (`_key_at`): as an accumulator of S = Q K^T holds
 its columns, and as the operand P of P V wants its own, a thread has the same 16 keys of 32, in another order. Moving the keys
 of v instead of the weights costs nothing, and P never leaves the registers. That kernel also folds the scales of a head into
 two factors and clears the second kernel's tile counter, so that nothing outlives a call.
@@ -46,9 +46,18 @@ ROWS = gl.constexpr(64)
 
 
 @triton.jit
-def _place_of_key(place):
+def _key_at(place):
     """Which key of its 16 stands at each place: bits (a, b, c, d) of the place are bits (c, a, b, d) of the key."""
     return (place & -15) | ((place & 2) << 2) | ((place & 12) >> 1)
+
+
+@triton.jit
+def _load_words(v_head, places, stride_vn, Skv, mask_w):
+    """The keys that stand at `places`: (places, words)."""
+    keys = _key_at(places)
+    return tl.load(
+        v_head + keys.to(tl.int64)[:, None] * stride_vn, mask=(keys < Skv)[:, None] & mask_w[None, :], other=0
+    )
 
 
 @triton.jit(do_not_specialize=["Skv", "padded", "Hkv", "heads_per_kv"])
@@ -67,13 +76,13 @@ def _flash_attn_fp8_prepare_kernel(
     words = tl.arange(0, BLOCK_W)
     mask_w = words < WORDS
     v_head = v_ptr + b * stride_vb + h * stride_vh + words[None, :]
-    # bytes: rows are places, columns of a word are head columns; then the other way round
-    rows = ()
-    for i in tl.static_range(4):
-        key = _place_of_key(groups * 4 + i)
-        rows += (
-            tl.load(v_head + key.to(tl.int64)[:, None] * stride_vn, (key < Skv)[:, None] & mask_w[None, :], other=0),
-        )
+    # of four places the same four columns each, then of four columns the same four places each
+    rows = (
+        _load_words(v_head, groups * 4, stride_vn, Skv, mask_w),
+        _load_words(v_head, groups * 4 + 1, stride_vn, Skv, mask_w),
+        _load_words(v_head, groups * 4 + 2, stride_vn, Skv, mask_w),
+        _load_words(v_head, groups * 4 + 3, stride_vn, Skv, mask_w),
+    )
     vt_head = vt_ptr + bh * (4 * WORDS) * (padded // 4) + groups[None, :]
     mask = mask_w[:, None] & (groups < padded // 4)[None, :]
     for j in tl.static_range(4):
@@ -262,8 +271,8 @@ def _partial_row_sum(p):
     return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
 
 
-# Of 16 columns, lane l of a row's 4 holds 2 l, 2 l + 1, 8 + 2 l and 8 + 2 l + 1 in the accumulator, and places 4 l to 4 l + 3 in a
-# register of the operand P. So column (half, l, element) goes to place (l, half, element): `_place_of_key`.
+# Of 16 columns, lane l of a row's 4 holds 2 l, 2 l + 1, 8 + 2 l and 8 + 2 l + 1 in the accumulator, and places 4 l to 4 l + 3 in
+# a register of the operand P. So column (half, l, element) goes to place (l, half, element): `_key_at`.
 # P is carried from one step to the next as int32 of four, because values of 8 bits would take a register each.
 
 
