@@ -61,8 +61,10 @@ def hopper_launches(Skv: int, causal: bool, D: int = 128):
 @pytest.mark.parametrize(("Skv", "causal"), [(512, False), (515, True)], ids=["even", "masked"])
 def test_hopper_kernels_compile_clean(Skv: int, causal: bool) -> None:
     """That they compile at all says that the weights are in the operand's places: they are converted without an instruction."""
-    for recorded in hopper_launches(Skv, causal):
-        assert not offline.compile_launch(recorded, 90).faults()
+    prepare, attention = hopper_launches(Skv, causal)
+    assert not offline.compile_launch(attention, 90).faults()
+    if causal:
+        assert not offline.compile_launch(prepare, 90).faults()
 
 
 @pytest.mark.skipif(launch.INTERPRET, reason="the interpreter runs the portable kernel alone")

@@ -175,15 +175,19 @@ def _attend(
     return tl.dot(p.to(HALF), v, acc * alpha[:, None], input_precision="ieee"), l, m_new
 
 
-@triton.jit(do_not_specialize=["Sq", "Skv", "H", "BH", "heads_per_kv"])
+@triton.jit(do_not_specialize=["Sq", "Skv", "diagonal", "H", "BH", "heads_per_kv"])
 def _flash_attn_fp8_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, out_ptr, Sq, Skv, H, BH, heads_per_kv,
+    q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, out_ptr,
+    Sq, Skv, diagonal, H, BH, heads_per_kv,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om, stride_qsb, stride_qsh, stride_ksb, stride_ksh, stride_vsb, stride_vsh,
-    SCALE_LOG2: tl.constexpr, IS_CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    SCALE_LOG2: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head. q, k, v: float8, or uint8 codes for GPUs whose Triton has no pointer to that."""
+    """One block of queries of one head. Query i sees the keys up to i + diagonal.
+
+    q, k, v: float8, or uint8 codes for GPUs whose Triton has no pointer to that.
+    """
     # GROUP heads run side by side, so that their keys and values stay in L2; the last blocks, the longest if causal, first
     num_blocks = tl.cdiv(Sq, BLOCK_M)
     group = tl.program_id(0) // (GROUP * num_blocks)
@@ -208,13 +212,9 @@ def _flash_attn_fp8_fwd_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    last = tl.zeros((BLOCK_M,), tl.int32) + (Skv - 1)
-    end = Skv
-    full = Skv // BLOCK_N * BLOCK_N
-    if IS_CAUSAL:
-        last = tl.minimum(last, offs_m + (Skv - Sq))
-        end = tl.minimum(Skv, tl.maximum(tl.minimum(start_m + BLOCK_M, Sq) + (Skv - Sq), 0))
-        full = tl.minimum(full, tl.maximum(start_m + (Skv - Sq) + 1, 0) // BLOCK_N * BLOCK_N)
+    last = tl.minimum(offs_m + diagonal, Skv - 1)
+    end = tl.minimum(Skv, tl.maximum(tl.minimum(start_m + BLOCK_M, Sq) + diagonal, 0))
+    full = tl.minimum(Skv, tl.maximum(start_m + diagonal + 1, 0)) // BLOCK_N * BLOCK_N
     if full > 0:
         for start_n in range(0, full, BLOCK_N):
             acc, l, m = _attend(
@@ -290,6 +290,7 @@ def portable(
     """Write out by the Triton kernel."""
     q, k, v = (x if x.stride(3) == 1 else x.view(torch.uint8).contiguous().view(_FP8) for x in (q, k, v))
     B, H, Sq, D = q.shape
+    Skv = k.shape[2]
     strides = (s for x in (q, k, v, out) for s in x.stride()[:3])
     scale_strides = (s for x in (q_scale, k_scale, v_scale) for s in per_head_strides(x))
     configs = _CONFIGS
@@ -300,11 +301,11 @@ def portable(
     launch(
         _flash_attn_fp8_fwd_kernel,
         (cdiv(Sq, BLOCK_M) * B * H,),
-        *(q, k, v, q_scale, k_scale, v_scale, out, Sq, k.shape[2], H, B * H, H // k.shape[1]),
+        *(q, k, v, q_scale, k_scale, v_scale, out),
+        *(Sq, Skv, Skv - Sq if causal else Skv, H, B * H, H // k.shape[1]),
         *strides,
         *scale_strides,
         SCALE_LOG2=scale * math.log2(math.e),
-        IS_CAUSAL=causal,
         GROUP=_GROUP,
         HEAD_DIM=D,
         BLOCK_M=BLOCK_M,
