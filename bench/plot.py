@@ -29,6 +29,8 @@ OTHER = "#b8a9c9"
 NAMES = {"tt": "torch_triton_ops", "eager": "torch", "compile": "torch.compile", "compile_max": "compile max-autotune"}
 MARKERS = {"fwd": "o", "fwdbwd": "D", "bwd": "s"}
 BAR = 0.17  # inches
+LABEL = 24  # characters of a case's name that fit beside the bars
+LEGEND_ROWS, LEGEND_INCHES = 28, 1.9  # of the roofline's legend: rows of a column, and its width
 
 
 def draw(result: Record, stem: str | Path) -> list[Path]:
@@ -79,6 +81,9 @@ def _bars(header: dict[str, Any], rows: Sequence[Row]) -> Any:
 
     by_op: dict[str, list[tuple[str, list[Row]]]] = {}
     for (op, case, _, pass_name), group in record.groups(rows).items():
+        if len(case) > LABEL:  # at the last place that leaves both lines within the margin
+            cut = case.rfind("_", 0, LABEL) + 1 or LABEL
+            case = f"{case[:cut]}\n{case[cut:]}"
         by_op.setdefault(op, []).append((f"{case}\n{pass_name}", group))
     slots = {op: sum(len(group) + 1 for _, group in groups) for op, groups in by_op.items()}
 
@@ -181,6 +186,7 @@ def _why(row: Row) -> str:
 def _roofline(header: dict[str, Any], rows: Sequence[Row]) -> Any:
     """Rate against flops a byte, ours filled and the best peer of the same case hollow."""
     import matplotlib.pyplot as plt
+    from matplotlib.colors import hsv_to_rgb
     from matplotlib.lines import Line2D
 
     copy, peak = header["copy_tbps"], header["matmul_tflops"]
@@ -190,17 +196,23 @@ def _roofline(header: dict[str, Any], rows: Sequence[Row]) -> Any:
         if ours is not None:
             points.append((ours, next((r for r in group if r["impl"] == ours.get("best_peer")), None)))
 
-    figure, axes = plt.subplots(figsize=(11, 6.6))
+    ops = list(dict.fromkeys(ours["op"] for ours, _ in points))
+    columns = max(1, -(-(len(ops) + 4) // LEGEND_ROWS))
+    right = LEGEND_INCHES * columns
+    figure, axes = plt.subplots(figsize=(9.2 + right, 6.6))
     intensities = [ours["flops"] / ours["bytes"] for ours, _ in points] or [1.0]
     rates = [r["flops"] / r["ms"] / 1e9 for pair in points for r in pair if r is not None] or [copy]
     low, high = min(intensities) / 2.5, max(*intensities, peak / copy) * 3
     xs = [low, peak / copy, high]
     axes.plot(xs, [min(x * copy, peak) for x in xs], color="#323f4b", lw=1.6, zorder=1)
     axes.fill_between(xs, [min(x * copy, peak) for x in xs], 1e9, color="#f5f7fa", zorder=0)
-    colours = [f"C{i}" for i in range(10) if i != 7]  # grey is for the legend
-    ops = list(dict.fromkeys(ours["op"] for ours, _ in points))
+    if len(ops) <= 9:
+        colours = [f"C{i}" for i in range(10) if i != 7]  # grey is for the legend
+    else:  # a hue for each, neighbours in the legend far apart, dark enough on white
+        hues = [(i * 0.618034) % 1 for i in range(len(ops))]
+        colours = [hsv_to_rgb((hue, 0.85, (0.85, 0.6)[i % 2])) for i, hue in enumerate(hues)]
     for ours, best in points:
-        colour = colours[ops.index(ours["op"]) % len(colours)]
+        colour = colours[ops.index(ours["op"])]
         x, marker = ours["flops"] / ours["bytes"], MARKERS[ours["pass"]]
         y = ours["flops"] / ours["ms"] / 1e9
         if best is not None:
@@ -233,15 +245,17 @@ def _roofline(header: dict[str, Any], rows: Sequence[Row]) -> Any:
     )
     passes = [p for p in MARKERS if any(ours["pass"] == p for ours, _ in points)]
     grey = "#7b8794"
-    handles = [Line2D([], [], marker="o", ls="", color=colours[i % len(colours)], label=op) for i, op in enumerate(ops)]
+    handles = [Line2D([], [], marker="o", ls="", color=colours[i], label=op) for i, op in enumerate(ops)]
     handles += [Line2D([], [], marker=MARKERS[p], ls="", color=grey, label=p) for p in passes]
     handles.append(Line2D([], [], marker="o", ls="", markerfacecolor="white", color=grey, label="hollow: best peer"))
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=9, ncols=columns
+    )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.suptitle("Roofline: ours (filled) and the best peer (hollow)", x=0.02, y=0.985, ha="left", size=14)
     figure.text(0.02, 0.925, _subtitle(header), size=9, color="#52606d")
-    figure.subplots_adjust(left=0.075, right=0.84, top=0.89, bottom=0.09)
+    figure.subplots_adjust(left=0.8 / (9.2 + right), right=9.2 / (9.2 + right), top=0.89, bottom=0.09)
     return figure
 
 
@@ -250,8 +264,7 @@ def _angle(axes: Any, figure: Any) -> float:
     import math
 
     (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
-    width, height = figure.get_size_inches()
-    width, height = width * (0.84 - 0.075), height * (0.89 - 0.09)
+    width, height = 9.2 - 0.8, figure.get_size_inches()[1] * (0.89 - 0.09)
     return math.degrees(math.atan2(height / math.log10(y1 / y0), width / math.log10(x1 / x0)))
 
 

@@ -438,6 +438,13 @@ def test_every_registered_op_runs_and_passes_its_check(fake_gpu: list[float]) ->
             assert record.valid(rows[0])
 
 
+def test_float8_results_are_compared() -> None:
+    want = torch.tensor([1.0, -2.0, 448.0]).to(torch.float8_e4m3fn)
+    assert check._errors(want, want) == (0.0, 0.0)
+    got = torch.tensor([1.0, -2.0, 416.0]).to(torch.float8_e4m3fn)
+    assert check._errors(got, want)[1] == 32.0
+
+
 def test_a_wrong_peer_is_recorded_and_out_of_the_ratio(fake_gpu: list[float]) -> None:
     fake_gpu += [0.02, 0.01, 0.03]
     wrong = peers.Impl("liger", lambda x, weight: x + weight)
