@@ -70,9 +70,11 @@ def _flash_attn_fp8_prepare_kernel(
 
     factors (B, Hq, 2): of the scores, of out.
     """
-    bh = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(padded, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = bh // Hkv, bh % Hkv
-    groups = tl.program_id(0) * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)  # four places each
+    groups = block * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)  # four places each
     words = tl.arange(0, BLOCK_W)
     mask_w = words < WORDS
     v_head = v_ptr + b * stride_vb + h * stride_vh + words[None, :]
@@ -90,7 +92,7 @@ def _flash_attn_fp8_prepare_kernel(
         for i in tl.static_range(4):
             column |= ((rows[i] >> (8 * j)) & 0xFF) << (8 * i)
         tl.store(vt_head + (words * 4 + j)[:, None] * (padded // 4), tl.trans(column), mask=mask)
-    if tl.program_id(0) == 0:
+    if block == 0:
         unit = tl.load(k_scale_ptr + b * stride_ksb + h * stride_ksh) * SCALE_LOG2
         v_scale = tl.load(v_scale_ptr + b * stride_vsb + h * stride_vsh)
         for first in range(0, heads_per_kv, BLOCK_H):
@@ -644,7 +646,7 @@ def prepare(
     BLOCK_N = 128
     launch(
         _flash_attn_fp8_prepare_kernel,
-        (cdiv(padded, BLOCK_N), B * Hkv),
+        (cdiv(padded, BLOCK_N) * B * Hkv,),
         *(v, q_scale, k_scale, v_scale, vt, factors, counter),
         *(Skv, padded, Hkv, H // Hkv, *v.stride()[:3]),
         *(stride for x in (q_scale, k_scale, v_scale) for stride in per_head_strides(x)),
@@ -653,7 +655,7 @@ def prepare(
         BLOCK_N=BLOCK_N,
         BLOCK_W=next_power_of_2(D // 4),
         BLOCK_H=16,
-        num_warps=4,
+        num_warps=8,
     )
     return vt.view(torch.float8_e4m3fn), factors, counter
 
