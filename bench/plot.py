@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -186,7 +187,7 @@ def _why(row: Row) -> str:
 def _roofline(header: dict[str, Any], rows: Sequence[Row]) -> Any:
     """Rate against flops a byte, ours filled and the best peer of the same case hollow."""
     import matplotlib.pyplot as plt
-    from matplotlib.colors import hsv_to_rgb, to_hex
+    from matplotlib.colors import to_hex
     from matplotlib.lines import Line2D
 
     copy, peak = header["copy_tbps"], header["matmul_tflops"]
@@ -210,7 +211,7 @@ def _roofline(header: dict[str, Any], rows: Sequence[Row]) -> Any:
         colours = [f"C{i}" for i in range(10) if i != 7]  # grey is for the legend
     else:  # a hue for each, neighbours in the legend far apart, dark enough on white
         hues = [(i * 0.618034) % 1 for i in range(len(ops))]
-        colours = [to_hex(hsv_to_rgb((hue, 0.85, (0.85, 0.6)[i % 2]))) for i, hue in enumerate(hues)]
+        colours = [to_hex(colorsys.hsv_to_rgb(hue, 0.85, (0.85, 0.6)[i % 2])) for i, hue in enumerate(hues)]
     for ours, best in points:
         colour = colours[ops.index(ours["op"])]
         x, marker = ours["flops"] / ours["bytes"], MARKERS[ours["pass"]]
