@@ -209,18 +209,27 @@ def _divergence_step(
     m_p, s_p, m_q, s_q, w, p_ptr, q_ptr, offs, V, SCALE: tl.constexpr, KL: tl.constexpr, MASKED: tl.constexpr
 ):
     """Add a tile (R, L) of both rows to the running maxima and sums of exponentials, each (L,), and to
-    w = sum of exp(z_q - m_q) * (z_q - z_p)."""
+    w = sum of exp(z_q - m_q) * ((z_q - m_q) - (z_p - m_p)). Relative to the maxima, nothing large cancels in the end."""
     z_p = _load_tile(p_ptr, offs, V, SCALE, MASKED)
     z_q = _load_tile(q_ptr, offs, V, SCALE, MASKED)
-    m_p, shift, factor = _raise_max(m_p, z_p)
-    s_p = s_p * factor + tl.sum(tl.exp(z_p - shift[None, :]), axis=0)
-    m_q, shift, factor = _raise_max(m_q, z_q)
-    e = tl.exp(z_q - shift[None, :])
-    s_q = s_q * factor + tl.sum(e, axis=0)
+    old_p, old_q = m_p, m_q
+    m_p, shift_p, factor_p = _raise_max(m_p, z_p)
+    s_p = s_p * factor_p + tl.sum(tl.exp(z_p - shift_p[None, :]), axis=0)
+    m_q, shift_q, factor = _raise_max(m_q, z_q)
+    e = tl.exp(z_q - shift_q[None, :])
     if KL:
+        w = _moved(w, s_q, (shift_p - old_p) - (shift_q - old_q), factor)
         # -inf - -inf where q is 0; w is infinite where p is 0 and q is not
-        w = tl.where(factor > 0.0, w * factor, 0.0) + tl.sum(tl.where(e > 0.0, e * (z_q - z_p), 0.0), axis=0)
+        log_ratio = (z_q - shift_q[None, :]) - (z_p - shift_p[None, :])
+        w += tl.sum(tl.where(e > 0.0, e * log_ratio, 0.0), axis=0)
+    s_q = s_q * factor + tl.sum(e, axis=0)
     return m_p, s_p, m_q, s_q, w
+
+
+@triton.jit
+def _moved(w, s_q, by, factor):
+    """w when the maxima that its terms are relative to have moved. Nothing was summed where s_q is 0: `by` is not a number."""
+    return tl.where((s_q > 0.0) & (factor > 0.0), (w + s_q * by) * factor, 0.0)
 
 
 @triton.jit
@@ -257,11 +266,11 @@ def _js_step(
 
 @triton.jit
 def _row_sum(m, s):
-    """Maximum of a row (0 if all is -inf), the factor of each lane's sums, and the log of the sum."""
+    """Maximum of a row (0 if all is -inf), the factor of each lane's sums, and the sum."""
     top = tl.max(m, axis=0)
     top = tl.where(top == float("-inf"), 0.0, top)
     factor = tl.exp(m - top)
-    return top, factor, tl.log(tl.sum(s * factor, axis=0))
+    return top, factor, tl.sum(s * factor, axis=0)
 
 
 @triton.jit
@@ -296,11 +305,12 @@ def _divergence_fwd_kernel(
         m_p, s_p, m_q, s_q, w = _divergence_step(m_p, s_p, m_q, s_q, w, p_ptr, q_ptr, start + offs, V, SCALE, KL, False)
     if not EVEN_V:
         m_p, s_p, m_q, s_q, w = _divergence_step(m_p, s_p, m_q, s_q, w, p_ptr, q_ptr, whole + offs, V, SCALE, KL, True)
-    top_p, _, log_p_sum = _row_sum(m_p, s_p)
-    top_q, factor, log_q_sum = _row_sum(m_q, s_q)
+    top_p, _, p_sum = _row_sum(m_p, s_p)
+    top_q, factor, q_sum = _row_sum(m_q, s_q)
+    log_p_sum, log_q_sum = tl.log(p_sum), tl.log(q_sum)
     if KL:
-        total = tl.sum(tl.where(factor > 0.0, w * factor, 0.0), axis=0) / tl.exp(log_q_sum)
-        loss = (total - (top_q - top_p)) - (log_q_sum - log_p_sum)
+        w = _moved(w, s_q, (top_p - m_p) - (top_q - m_q), factor)
+        loss = tl.sum(w, axis=0) / q_sum - (log_q_sum - log_p_sum)
         tl.store(stats_ptr + 4 * rows + row, loss)
     else:
         kl_p = tl.zeros((L,), tl.float32)
