@@ -277,6 +277,8 @@ def _call(
     half = torch.bfloat16 if dtype in MANTISSA else dtype
     k, v = torch.randn(2, len(slots), H, D, device=device, dtype=half)
     k_cache, v_cache = (torch.randn(blocks, page, H, D, device=device, dtype=half).to(dtype) for _ in range(2))
+    if not slots:
+        return k, v, k_cache, v_cache, torch.empty(0, device=device, dtype=torch.int64)
     return k, v, k_cache, v_cache, torch.tensor(slots, device=device, dtype=torch.int64)
 
 
@@ -347,8 +349,8 @@ def kv_cache_write_bench_cases() -> Iterator[BenchCase]:
 
         def make(device: torch.device | str, dtype: torch.dtype, N: int = N) -> tuple[tuple[Any, ...], dict[str, Any]]:
             k, v, k_cache, v_cache, _ = _call(device, dtype, [], N // 32, 64, 8, 128)
-            k, v = torch.randn(2, N, 8, 128, device=device, dtype=k.dtype)
-            slots = torch.randperm(2 * N, device=device)[:N]
+            k, v = torch.randn(2, N, 8, 128, device=device, dtype=k.dtype).unbind()
+            slots = torch.randperm(2 * N, device=device).narrow(0, 0, N)
             return (k, v, k_cache, v_cache, slots), _scales(device, 8) if dtype in MANTISSA else {}
 
         yield BenchCase(name, make, dtype, passes=("fwd",))

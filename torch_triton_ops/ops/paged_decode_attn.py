@@ -672,8 +672,11 @@ def _call(
     half = torch.bfloat16 if dtype in MANTISSA else dtype
     q = torch.randn(*(B, Hq, D) if tokens is None else (B, tokens, Hq, D), device=device, dtype=half)
     k_cache, v_cache = (torch.randn(blocks, page, Hkv, D, device=device, dtype=half).to(dtype) for _ in range(2))
-    table = torch.full((B, pages + spare), -1, device=device, dtype=torch.int32)
-    table[:, :pages] = torch.randperm(blocks, device=device)[: B * pages].view(B, pages)
+    # factory functions alone: what indexes or copies asks a traced tensor for its GPU
+    order = torch.randperm(blocks, device=device).narrow(0, 0, B * pages).view(B, pages).to(torch.int32)
+    table = torch.cat([order, torch.full((B, spare), -1, device=device, dtype=torch.int32)], 1)
+    if len(set(lengths)) == 1:
+        return q, k_cache, v_cache, table, torch.full((B,), lengths[0], device=device, dtype=torch.int32)
     return q, k_cache, v_cache, table, torch.tensor(lengths, device=device, dtype=torch.int32)
 
 

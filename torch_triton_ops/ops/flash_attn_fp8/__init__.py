@@ -398,7 +398,7 @@ def _call(
     shapes = ((Hq, Sq), (Hkv, Skv), (Hkv, Skv))
     values = [torch.randn(B, H, S, D, device=device) for H, S in shapes]
     scales = [(0.5 + torch.rand((B, H) if batched else (H,), device=device)) / 32 for H, _ in shapes]
-    codes = [(x / s[..., None, None]).to(_FP8) for x, s in zip(values, scales, strict=True)]
+    codes = [(x / s.view(*s.shape, 1, 1)).to(_FP8) for x, s in zip(values, scales, strict=True)]
     return *codes, *scales
 
 
