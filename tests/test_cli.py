@@ -6,15 +6,10 @@ The lessons here are made up, so that the tests are quick and need no lesson; te
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import select
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -630,71 +625,33 @@ def test_two_commands_at_a_time_lose_nothing(learner):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Terminal:
-    """A command in a pseudo-terminal; `until` waits for a text."""
-
-    def __init__(self, *arguments: str) -> None:
-        ours, theirs = pty.openpty()
-        self.process = subprocess.Popen(
-            [*COMMAND, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True
-        )
-        os.close(theirs)
-        self.ours, self.text = ours, ""
-
-    def until(self, pattern: str, seconds: float = 120) -> str:
-        end = time.monotonic() + seconds
-        while not re.search(pattern, self.text):
-            if time.monotonic() > end:
-                pytest.fail(f"{pattern!r} did not come; there is:\n{self.text}")
-            if not self.read() and self.process.poll() is not None and not re.search(pattern, self.text):
-                pytest.fail(f"ended before {pattern!r} came:\n{self.text}")
-        return self.text
-
-    def read(self) -> bool:
-        if not select.select([self.ours], [], [], 0.2)[0]:
-            return False
-        try:
-            part = os.read(self.ours, 1 << 16)
-        except OSError:  # the other side is closed
-            return False
-        self.text += part.decode(errors="replace").replace("\r\n", "\n")
-        return bool(part)
-
-    def wait(self) -> int:
-        while self.read() or self.process.poll() is None:
-            pass
-        os.close(self.ours)
-        return self.process.returncode
-
-
-def test_watch_checks_again_on_save(learner):
-    terminal = Terminal("watch", "1", "ex1", "--device", "cpu")
-    terminal.until("ex1: not started[\\s\\S]*save to check again")
+def test_watch_checks_again_on_save(learner, terminal):
+    watch = terminal("watch", "1", "ex1", "--device", "cpu")
+    watch.until("ex1: not started[\\s\\S]*save to check again")
     mine = copies(learner) / "ex1_add.py"
     mine.write_text(WRONG)
-    terminal.until("FAILED in the interpreter[\\s\\S]*save to check again")
+    watch.until("FAILED in the interpreter[\\s\\S]*save to check again")
     replacement = mine.with_suffix(".new")  # as editors do
     replacement.write_text(RIGHT)
     replacement.replace(mine)
-    terminal.until("ex1: passed")
-    assert terminal.wait() == 0
-    assert "Traceback" not in terminal.text
+    watch.until("ex1: passed")
+    assert watch.wait() == 0
+    assert "Traceback" not in watch.text
     assert progress.load().passed(1, "ex1")
 
 
-def test_ctrl_c_ends_watch_quietly(learner):
-    terminal = Terminal("watch", "1")
-    terminal.until("save to check again")
-    os.killpg(terminal.process.pid, signal.SIGINT)
-    assert terminal.wait() == 130
-    assert "Traceback" not in terminal.text
+def test_ctrl_c_ends_watch_quietly(learner, terminal):
+    watch = terminal("watch", "1")
+    watch.until("save to check again")
+    assert watch.interrupt() == 130
+    assert "Traceback" not in watch.text
 
 
-def test_colour_in_a_terminal_and_only_there(learner, monkeypatch):
+def test_colour_in_a_terminal_and_only_there(learner, terminal, monkeypatch):
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    coloured, plain = Terminal("list"), Terminal("list", "--no-color")
+    coloured, plain = terminal("list"), terminal("list", "--no-color")
     assert coloured.wait() == plain.wait() == 0
     assert "\x1b[" in coloured.text
     assert not re.search(r"\x1b\[[\d;]*3\dm", plain.text)

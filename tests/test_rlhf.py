@@ -6,14 +6,11 @@ import copy
 import json
 import math
 import os
-import pty
 import re
 import runpy
-import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -573,46 +570,6 @@ def test_the_win_rate_rises_clearly(tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Terminal:
-    """`triton-tutorial rlhf` in a pseudo-terminal."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.ours, theirs = pty.openpty()
-        command = [sys.executable, "-m", "triton_tutorial", "rlhf", *arguments]
-        self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True
-        )
-        os.close(theirs)
-        self.text = ""
-
-    def until(self, pattern: str, seconds: float = 120) -> None:
-        """Read until the pattern comes, in what came after the last."""
-        end, start = time.monotonic() + seconds, len(self.text)
-        while not re.search(pattern, self.text[start:]):
-            assert time.monotonic() < end, f"{pattern!r} did not come; there is:\n{self.text}"
-            if not self.read():
-                assert self.process.poll() is None, f"ended before {pattern!r} came:\n{self.text}"
-
-    def read(self) -> bool:
-        if not select.select([self.ours], [], [], 0.2)[0]:
-            return False
-        try:
-            part = os.read(self.ours, 1 << 16)
-        except OSError:  # the other side is closed
-            return False
-        self.text += part.decode(errors="replace")
-        return bool(part)
-
-    def type(self, text: str) -> None:
-        os.write(self.ours, text.encode())
-
-    def wait(self) -> int:
-        while self.read() or self.process.poll() is None:
-            pass
-        os.close(self.ours)
-        return self.process.returncode
-
-
 @pytest.fixture
 def quiet(monkeypatch, tmp_path):
     """A state folder of its own, wide lines, no colour."""
@@ -624,21 +581,20 @@ def quiet(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_in_a_terminal_and_ctrl_c_loses_nothing(quiet, tmp_path, monkeypatch, capfd):
+def test_in_a_terminal_and_ctrl_c_loses_nothing(quiet, tmp_path, monkeypatch, capfd, terminal):
     folder = tmp_path / "session"
-    terminal = Terminal("--session", str(folder), "--base-steps", "10", "--length", "6", "--device", "cpu")
-    terminal.until("1, 2, t, q: ")
-    assert re.search(r"─ 1 ─.*─ 2 ─", terminal.text), "the answers stand side by side"
-    terminal.type("best\n")
-    terminal.until("'best' is none of them[\\s\\S]*1, 2, t, q: ")
-    terminal.type("1\n")
-    terminal.until("1 choice; tuned model preferred .*KL to the reference .* nats; loss [\\d.]+[\\s\\S]*1, 2, t, q: ")
-    terminal.type("t\n")
-    terminal.until("2 choices; .*nothing to learn from that[\\s\\S]*1, 2, t, q: ")
-    os.killpg(terminal.process.pid, signal.SIGINT)
-    assert terminal.wait() == 130
-    assert "Traceback" not in terminal.text
-    assert f"kept in {folder}" in terminal.text
+    judge = terminal("rlhf", "--session", str(folder), "--base-steps", "10", "--length", "6", "--device", "cpu")
+    judge.until("1, 2, t, q: ")
+    assert re.search(r"─ 1 ─.*─ 2 ─", judge.text), "the answers stand side by side"
+    judge.type("best\n")
+    judge.until("'best' is none of them[\\s\\S]*1, 2, t, q: ")
+    judge.type("1\n")
+    judge.until("1 choice; tuned model preferred .*KL to the reference .* nats; loss [\\d.]+[\\s\\S]*1, 2, t, q: ")
+    judge.type("t\n")
+    judge.until("2 choices; .*nothing to learn from that[\\s\\S]*1, 2, t, q: ")
+    assert judge.interrupt() == 130
+    assert "Traceback" not in judge.text
+    assert f"kept in {folder}" in judge.text
     choices = [json.loads(line)["choice"] for line in (folder / "choices.jsonl").read_text().splitlines()]
     assert choices == ["1", "tie"]
     assert len(read_preferences(folder / "preferences.jsonl")) == 1
