@@ -6,7 +6,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_triton_ops.launch import INTERPRET, can_describe, capability, cdiv, descriptor, launch, sm_count
+from torch_triton_ops.launch import (
+    INTERPRET,
+    aligned,
+    can_describe,
+    capability,
+    cdiv,
+    descriptor,
+    is_recording,
+    launch,
+    sm_count,
+)
 
 from .configs import _matmul_config, _matmul_split, _MatmulConfig
 from .kernels import _matmul_kernel, _matmul_reduce_kernel, _matmul_tma_kernel, _matmul_vector_kernel
@@ -67,6 +77,31 @@ def _matmul_tma_operands(
     return found[0], found[1]
 
 
+class _MatmulPlan(NamedTuple):
+    """How a product is started: all that its operands' metadata decides. None of `views`: TMA reads neither."""
+
+    views: tuple[_MatmulView, _MatmulView] | None  # of what the kernel calls a and b
+    boxes: tuple[tuple[int, int], ...]  # of a, of b and, if not empty, of b's second tile
+    out_box: tuple[int, int] | None  # None: stored through pointers
+    swapped: bool
+    grid: tuple[int, ...]
+    integers: tuple[int, ...]
+    split: int
+    constexprs: dict[str, Any]
+
+
+class _MatmulView(NamedTuple):
+    """The two dims of an operand that TMA reads, by `as_strided`."""
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+
+
+# Deciding takes the host longer than starting the kernel, and programs repeat their shapes.
+_matmul_plans: dict[tuple[Any, ...], _MatmulPlan] = {}
+_MATMUL_PLANS = 4096  # shapes that change from call to call must not fill the memory
+
+
 def _matmul_gemm(
     a: torch.Tensor,
     w: torch.Tensor,
@@ -86,41 +121,100 @@ def _matmul_gemm(
         return
     M, K = a.shape[-2:]
     N = w.shape[-2]
-    B1, B2 = a.shape[:-2] or (1, 1)
-    B = B1 * B2
-    epilogue = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "STORE_Z": z is not None}
-    if K == 0:
-        _matmul_reduce(out, out, 0, N, bias, z, epilogue)
-        return
+    if K == 0 or (config is None and (M == 1 or N == 1)):
+        epilogue = _matmul_epilogue(bias is not None, activation, z is not None)
+        if K == 0:
+            _matmul_reduce(out, out, 0, N, bias, z, epilogue)
+            return
+        if a.shape.numel() == M * K:  # no batches
+            if M == 1 and w.stride()[-1] == 1:
+                _matmul_vector(w.reshape(N, K), a.reshape(K), out, bias, z, epilogue, sm_count(a.device))
+                return
+            if N == 1 and a.stride()[-1] == 1 and bias is None:
+                _matmul_vector(a.reshape(M, K), w.reshape(K), out, None, z, epilogue, sm_count(a.device))
+                return
     # With no contiguous dim every load would be a scattered one: a copy costs less than the product.
     if 1 not in a.stride()[-2:]:
         a = a.contiguous()
     if 1 not in w.stride()[-2:]:
         w = w.contiguous()
+    dtype = a.dtype
+    precision = _matmul_precision(dtype)
+    key = (
+        *(a.shape, a.stride(), aligned(a), w.shape, w.stride(), aligned(w)),
+        *(dtype, a.device, precision, bias is not None, activation, z is not None),
+    )
+    plan = _matmul_plans.get(key) if config is None and not is_recording() else None
+    if plan is None:
+        plan = _matmul_plan(a, w, precision, bias is not None, activation, z is not None, config)
+        if config is None and not is_recording():
+            if len(_matmul_plans) >= _MATMUL_PLANS:
+                _matmul_plans.clear()
+            _matmul_plans[key] = plan
+
+    split = plan.split
+    partial = out if split == 1 else out.new_empty((split, NUMEL), dtype=torch.float32)
+    bias_arg, z_arg = (bias, z) if split == 1 else (None, None)
+    if plan.views is not None:
+        out_arg: Any = partial
+        if plan.out_box is not None:
+            out_arg = descriptor(out.view(-1, N), plan.out_box)
+            z_arg = None if z is None else descriptor(z.view(-1, N), plan.out_box)
+        first, second = (
+            x if x.shape == view.size and x.stride() == view.stride else x.as_strided(*view)
+            for x, view in zip((w, a) if plan.swapped else (a, w), plan.views, strict=True)
+        )
+        launch(
+            _matmul_tma_kernel,
+            plan.grid,
+            descriptor(first, plan.boxes[0]),
+            descriptor(second, plan.boxes[1]),
+            descriptor(second, plan.boxes[2]) if len(plan.boxes) > 2 else None,
+            bias_arg,
+            out_arg,
+            z_arg,
+            *plan.integers,
+            **plan.constexprs,
+        )
+    else:
+        launch(_matmul_kernel, plan.grid, a, w, bias_arg, partial, z_arg, *plan.integers, **plan.constexprs)
+    if split > 1:
+        _matmul_reduce(partial, out, split, N, bias, z, _matmul_epilogue(bias is not None, activation, z is not None))
+
+
+def _matmul_epilogue(has_bias: bool, activation: str, store_z: bool) -> dict[str, Any]:
+    return {"HAS_BIAS": has_bias, "ACTIVATION": activation, "STORE_Z": store_z}
+
+
+def _matmul_plan(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    precision: str,
+    has_bias: bool,
+    activation: str,
+    store_z: bool,
+    config: _MatmulConfig | None,
+) -> _MatmulPlan:
+    """Which kernel, which tiles, what TMA reads: for `_matmul_gemm`, whose arguments these are."""
+    M, K = a.shape[-2:]
+    N = w.shape[-2]
+    B1, B2 = a.shape[:-2] or (1, 1)
+    B = B1 * B2
     sms = sm_count(a.device)
-    if config is None and B == 1 and (M == 1 or N == 1):
-        if M == 1 and w.stride()[-1] == 1:
-            _matmul_vector(w.reshape(N, K), a.reshape(K), out, bias, z, epilogue, sms)
-            return
-        if N == 1 and a.stride()[-1] == 1 and bias is None:
-            _matmul_vector(a.reshape(M, K), w.reshape(K), out, None, z, epilogue, sms)
-            return
     itemsize = a.element_size()
-    precision = _matmul_precision(a.dtype)
     # what the TMA kernel's BLOCK_K will be, for batches
     block_k = config.block_k if config is not None else (256 if min(M, N) <= 64 else 128) // itemsize
     tma = _matmul_tma_operands(a, w, precision, block_k) if capability(a.device) >= 90 else None
     if config is None:
-        aligned = tma is not None or (K % 16 == 0 and _matmul_aligned(a) and _matmul_aligned(w))
-        config = _matmul_config(M, N, K, B, itemsize, precision, aligned, tma is not None, activation, sms)
+        even = tma is not None or (K % 16 == 0 and _matmul_aligned(a) and _matmul_aligned(w))
+        config = _matmul_config(M, N, K, B, itemsize, precision, even, tma is not None, activation, sms)
 
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     size_m, size_n = (N, M) if config.swapped else (M, N)  # of what the kernel computes
     tiles = cdiv(size_m, block_m) * cdiv(size_n, block_n + config.block_n2)
     split = config.split_k
     k_split = cdiv(cdiv(K, block_k), split) * block_k
-    partial = out if split == 1 else out.new_empty((split, NUMEL), dtype=torch.float32)
-    shared: dict[str, Any] = {
+    constexprs: dict[str, Any] = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
@@ -131,76 +225,49 @@ def _matmul_gemm(
         "UPCAST": INTERPRET,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        # With split-K the epilogue belongs to the reduction.
+        **(_matmul_epilogue(has_bias, activation, store_z) if split == 1 else _matmul_epilogue(False, "none", False)),
     }
-    # With split-K the epilogue belongs to the reduction.
-    shared |= epilogue if split == 1 else {"HAS_BIAS": False, "ACTIVATION": "none", "STORE_Z": False}
-    bias_arg, z_arg = (bias, z) if split == 1 else (None, None)
-    if tma is not None:
-        first, second = tma[::-1] if config.swapped else tma
-        out_arg: Any = partial
-        box = (block_n, block_m) if config.swapped else (block_m, block_n // 2 if config.halves else block_n)
-        # A store by descriptor ends at the last batch's edge only. z has out's shape, and both are new.
-        tma_store = split == 1 and N * itemsize % 16 == 0 and (B == 1 or M % box[0] == 0) and B * M < 2**31
-        tma_store = tma_store and config.block_n2 == 0
-        if tma_store:
-            out_arg = descriptor(out.view(B * M, N), box)
-            z_arg = None if z is None else descriptor(z.view(M, N), box)
-        launch(
-            _matmul_tma_kernel,
-            (min(tiles * B, sms) if config.persistent else tiles * split * B,),
-            descriptor(first.view, (block_m, block_k) if first.k_major else (block_k, block_m)),
-            *(
-                descriptor(second.view, (width, block_k) if second.k_major else (block_k, width)) if width else None
-                for width in (block_n, config.block_n2)
-            ),
-            bias_arg,
-            out_arg,
-            z_arg,
-            size_m,
-            size_n,
-            K,
-            k_split,
-            B,
-            first.batch_rows,
-            second.batch_rows,
-            A_K_MAJOR=first.k_major,
-            B_K_MAJOR=second.k_major,
-            TMA_STORE=tma_store,
-            HALVES=config.halves,
-            PERSISTENT=config.persistent,
-            BLOCK_N2=config.block_n2,
-            SWAPPED=config.swapped,
-            BATCHED=B > 1,
-            **shared,
-        )
-    else:
+    if tma is None:
         *batch_a, stride_am, stride_ak = a.stride()
         *batch_w, stride_bn, stride_bk = w.stride()
-        launch(
-            _matmul_kernel,
-            (tiles * split * B,),
-            a,
-            w,
-            bias_arg,
-            partial,
-            z_arg,
-            M,
-            N,
-            K,
-            k_split,
-            B,
-            B2,
-            *(batch_a or (0, 0)),
-            stride_am,
-            stride_ak,
-            *(batch_w or (0, 0)),
-            stride_bk,
-            stride_bn,
-            EVEN_K=K % block_k == 0,
-            **shared,
-        )
-    if split > 1:
-        _matmul_reduce(partial, out, split, N, bias, z, epilogue)
+        strides = *(batch_a or (0, 0)), stride_am, stride_ak, *(batch_w or (0, 0)), stride_bk, stride_bn
+        integers = M, N, K, k_split, B, B2, *strides
+        constexprs["EVEN_K"] = K % block_k == 0
+        return _MatmulPlan(None, (), None, False, (tiles * split * B,), integers, split, constexprs)
+
+    first, second = tma[::-1] if config.swapped else tma
+    box = (block_n, block_m) if config.swapped else (block_m, block_n // 2 if config.halves else block_n)
+    # A store by descriptor ends at the last batch's edge only. z has out's shape, and both are new.
+    tma_store = split == 1 and N * itemsize % 16 == 0 and (B == 1 or M % box[0] == 0) and B * M < 2**31
+    tma_store = tma_store and config.block_n2 == 0
+    constexprs |= {
+        "A_K_MAJOR": first.k_major,
+        "B_K_MAJOR": second.k_major,
+        "TMA_STORE": tma_store,
+        "HALVES": config.halves,
+        "PERSISTENT": config.persistent,
+        "BLOCK_N2": config.block_n2,
+        "SWAPPED": config.swapped,
+        "BATCHED": B > 1,
+    }
+    return _MatmulPlan(
+        views=tuple(_MatmulView(tuple(o.view.shape), o.view.stride()) for o in (first, second)),  # type: ignore[arg-type]
+        boxes=(
+            (block_m, block_k) if first.k_major else (block_k, block_m),
+            *(
+                (width, block_k) if second.k_major else (block_k, width)
+                for width in (block_n, config.block_n2)
+                if width
+            ),
+        ),
+        out_box=box if tma_store else None,
+        swapped=config.swapped,
+        grid=(min(tiles * B, sms) if config.persistent else tiles * split * B,),
+        integers=(size_m, size_n, K, k_split, B, first.batch_rows, second.batch_rows),
+        split=split,
+        constexprs=constexprs,
+    )
 
 
 def _matmul_aligned(x: torch.Tensor) -> bool:
