@@ -130,3 +130,12 @@ def test_cost_counts_what_is_visible() -> None:
     cost = decode.paged_decode_attn_cost(q, k_cache, v_cache, table, lengths, window_left=5)
     assert cost.flops == 4 * 4 * 16 * (4 * 6 + 6)
     assert cost.bytes == 2 * (9 + 3) * 2 * 16 * 4 + 3 * 4 + 3 * 4 + 2 * q.numel() * 4
+
+
+def test_a_gradient_that_saved_the_cache_fails_when_it_is_written_over() -> None:
+    k_cache, v_cache = torch.zeros(2, 2, 16, 2, 16)
+    weight = torch.ones(16, requires_grad=True)
+    loss = (k_cache * weight).sum()
+    torch.ops.tt.kv_cache_write(*torch.randn(2, 3, 2, 16), k_cache, v_cache, torch.arange(3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -251,18 +251,131 @@ def launch(
         entry = _started[id(kernel)] = (kernel, {})
     start = entry[1].get(tuple(key))
     if start is None or _HOOKS[0].calls or _HOOKS[1].calls:  # a profiler listens: Triton's own way tells it
-        constexprs, options = _options(kernel, constexprs, num_warps, num_stages, _properties(device)[0])
-        compiled = kernel[grid](*_for_triton(args), **constexprs, **options)
-        if _DIRECT and start is None and compiled is not None:
-            entry[1][tuple(key)] = _direct_start(kernel, compiled, constexprs)
+        entry[1][tuple(key)] = _launch_and_find(kernel, grid, args, num_warps, num_stages, constexprs, device) or start
         return None
-    c_launcher, head, tail, encode = start
+    c_launcher, head, tail, metas, encoded = start
     if described:
-        values = encode(values)
+        values = _encode(values, metas, encoded)
     y = grid[1] if len(grid) > 1 else 1
     z = grid[2] if len(grid) > 2 else 1
     c_launcher(grid[0], y, z, torch._C._cuda_getCurrentRawStream(device), *head, *values, *tail)
     return None
+
+
+class Prepared:
+    """A launch in which all but the tensors is settled: `launch`, without what its arguments cost at every call.
+
+    Made from the arguments of a first launch, which it does not make. Then `prepared(*tensors)` launches with these in the
+    places of the first tensors and descriptors, in order: of the same dtypes and on the same GPU, and for a descriptor with the
+    described memory at the same place from their beginning. Keep it under a key that holds all that, the ints and the options.
+    """
+
+    __slots__ = ("args", "boxes", "constexprs", "device", "encoded", "grid", "kernel", "options", "places", "starts")
+
+    def __init__(
+        self,
+        kernel: JITFunction,
+        grid: tuple[int, ...],
+        *args: Any,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        **constexprs: Any,
+    ) -> None:
+        self.kernel, self.grid, self.constexprs = kernel, grid, constexprs
+        self.options = num_warps, num_stages
+        self.places = [i for i, a in enumerate(args) if isinstance(a, (torch.Tensor, Descriptor))]
+        first = args[self.places[0]]
+        self.device = (first.base if type(first) is Descriptor else first).get_device()
+        # the first tensors are not kept alive
+        self.boxes = {
+            i: (a.block_shape, a.layout, a.shape, a.strides) for i, a in enumerate(args) if type(a) is Descriptor
+        }
+        self.args = [None if i in self.places else a for i, a in enumerate(args)]
+        self.starts: dict[int, Any] = {}  # by which pointers are aligned to 16 bytes, on which Triton specialises
+        self.encoded: dict[tuple[int, int], list[Any]] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        if _state.watching or INTERPRET or self.device != torch._C._cuda_getDevice() or 0 in self.grid:
+            num_warps, num_stages = self.options
+            args = self._arguments(tensors)
+            launch(self.kernel, self.grid, *args, num_warps=num_warps, num_stages=num_stages, **self.constexprs)
+            return
+        values: list[Any] = self.args.copy()
+        aligned_pointers = 0
+        for place, tensor in zip(self.places, tensors, strict=True):
+            values[place] = pointer = tensor.data_ptr()
+            aligned_pointers = aligned_pointers << 1 | (pointer % 16 == 0)
+        start = self.starts.get(aligned_pointers)
+        if start is None or _HOOKS[0].calls or _HOOKS[1].calls:
+            args = self._arguments(tensors)
+            found = _launch_and_find(self.kernel, self.grid, args, *self.options, self.constexprs, self.device)
+            self.starts[aligned_pointers] = start or found
+            return
+        c_launcher, head, tail, metas, _ = start
+        if metas:
+            shift = 0  # a descriptor is several of the C function's arguments
+            for place, meta in zip(self.boxes, metas, strict=True):
+                key = place, values[place + shift]
+                parts = self.encoded.get(key)
+                if parts is None:
+                    bases = dict(zip(self.places, tensors, strict=True))
+                    parts = _make_parts(self._descriptor(place, bases[place]), meta, self.encoded, key)
+                values[place + shift : place + shift + 1] = parts
+                shift += len(parts) - 1
+        grid = self.grid
+        y = grid[1] if len(grid) > 1 else 1
+        z = grid[2] if len(grid) > 2 else 1
+        c_launcher(grid[0], y, z, torch._C._cuda_getCurrentRawStream(self.device), *head, *values, *tail)
+
+    def _arguments(self, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        """As `launch` takes them."""
+        args = self.args.copy()
+        for place, tensor in zip(self.places, tensors, strict=True):
+            args[place] = self._descriptor(place, tensor) if place in self.boxes else tensor
+        return tuple(args)
+
+    def _descriptor(self, place: int, base: torch.Tensor) -> Descriptor:
+        """As the first one there, of `base`'s memory; `base` itself need not be the view that was described."""
+        block_shape, layout, shape, strides = self.boxes[place]
+        made = Descriptor(base, block_shape, layout)
+        made.shape, made.strides = shape, strides
+        return made
+
+
+class Plans(dict[Any, Any]):
+    """What an op decided, by all that it decided from: deciding takes the host longer than launching, and programs repeat.
+
+    Bounded, because shapes may change from call to call. Nothing is found or kept while launches are recorded or inlined.
+    """
+
+    LIMIT = 4096
+
+    def find(self, key: Any) -> Any:
+        """The plan kept under `key`, or None."""
+        return None if _state.watching else self.get(key)
+
+    def keep(self, key: Any, plan: Any) -> Any:
+        """`plan`, from now on found under `key`."""
+        if not _state.watching:
+            if len(self) >= self.LIMIT:
+                self.clear()
+            self[key] = plan
+        return plan
+
+
+def _launch_and_find(
+    kernel: JITFunction,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    num_warps: int,
+    num_stages: int,
+    constexprs: dict[str, Any],
+    device: int,
+) -> Any:
+    """Launch in Triton's own way, which compiles; what starts the kernel directly from now on, None if nothing does."""
+    constexprs, options = _options(kernel, constexprs, num_warps, num_stages, _properties(device)[0])
+    compiled = kernel[grid](*_for_triton(args), **constexprs, **options)
+    return _direct_start(kernel, compiled, constexprs) if _DIRECT and compiled is not None else None
 
 
 def _launch_otherwise(
@@ -314,7 +427,8 @@ _MAX_INT32 = 2**31 - 1
 
 
 def _direct_start(kernel: JITFunction, compiled: Any, constexprs: dict[str, Any]) -> Any:
-    """What starts `compiled` with nothing between but C: (C launcher, arguments before and after ours, descriptor encoder).
+    """What starts `compiled` with nothing between but C: the C launcher, the arguments before and after ours, how descriptors
+    are encoded and those that are.
 
     None where that is not possible.
     """
@@ -332,31 +446,32 @@ def _direct_start(kernel: JITFunction, compiled: Any, constexprs: dict[str, Any]
         constexprs[name] if name in constexprs else kernel.signature.parameters[name].default for name in names
     )
     metas = getattr(compiled.metadata, "tensordesc_meta", None)
-    if not metas:
-        return c_launcher, head, tail, None
+    if metas:
+        # Triton's wrapper encodes the descriptors at every launch; below it is the C function, which takes encoded ones.
+        cells = zip(c_launcher.__code__.co_freevars, (c.cell_contents for c in c_launcher.__closure__), strict=True)
+        c_launcher = dict(cells)["launcher"]
+    return c_launcher, head, tail, metas, {}
 
+
+def _encode(values: list[Any], metas: Any, encoded: dict[Any, list[Any]]) -> list[Any]:
+    """`values` with every Descriptor as the arguments that the C function takes for it."""
+    final: list[Any] = []
+    position = 0
+    for value in values:
+        if type(value) is not Descriptor:
+            final.append(value)
+            continue
+        key = (position, value.base.data_ptr(), value.shape, value.strides)
+        final += encoded.get(key) or _make_parts(value, metas[position], encoded, key)
+        position += 1
+    return final
+
+
+def _make_parts(value: Descriptor, meta: Any, encoded: dict[Any, list[Any]], key: Any) -> list[Any]:
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
-    # Triton's wrapper encodes the descriptors at every launch; below it is the C function, which takes encoded ones.
-    cells = zip(c_launcher.__code__.co_freevars, (c.cell_contents for c in c_launcher.__closure__), strict=True)
-    c_launcher = dict(cells)["launcher"]
-    encoded: dict[tuple[Any, ...], list[Any]] = {}
-
-    def encode(values: list[Any]) -> list[Any]:
-        final: list[Any] = []
-        position = 0
-        for value in values:
-            if type(value) is not Descriptor:
-                final.append(value)
-                continue
-            key = (position, value.base.data_ptr(), value.shape, value.strides)
-            parts = encoded.get(key)
-            if parts is None:
-                if len(encoded) > 4096:  # addresses change from step to step in some programs: stay bounded
-                    encoded.clear()
-                parts = encoded[key] = make_tensordesc_arg(value.for_triton(), metas[position])
-            final += parts
-            position += 1
-        return final
-
-    return c_launcher, head, tail, encode
+    if len(encoded) > 4096:  # addresses change from step to step in some programs: stay bounded
+        encoded.clear()
+    parts: list[Any] = make_tensordesc_arg(value.for_triton(), meta)
+    encoded[key] = parts
+    return parts

@@ -97,7 +97,7 @@ class _Registration:
         # the tensors for which asking a gradient is a mistake that must not pass in silence
         self.without_gradient = tuple(i for i in self.tensors if i not in self.differentiable)
         self.positional = tuple(a.default for a in arguments if not a.keyword_only)
-        self.keyword_only = tuple((a.name, a.default) for a in arguments if a.keyword_only)
+        self.keyword_only = {a.name: a.default for a in arguments if a.keyword_only}
         self.dtypes = frozenset(spec.dtypes)
         self.cpu_dtypes = self.dtypes | {torch.float64} if torch.float32 in self.dtypes else self.dtypes
 
@@ -115,7 +115,9 @@ class _Registration:
                     decl.qualname, FunctionalTensorMode, _inlining_rule(launcher), lib=self.library
                 )
             if decl.kind != "public":
-                self.library.impl(decl.name, _undifferentiable(spec, decl), "Autograd")
+                self.library.impl(decl.name, _undifferentiable(spec, decl, launcher), "Autograd")
+            if any(a.mutated for a in decl.arguments):
+                self.library.impl(decl.name, _version_bump(decl), "ADInplaceOrView", with_keyset=True)
         self.library.impl(spec.name, self.autograd(), "Autograd")
         if spec.autocast is not None:
             for device in ("cuda", "cpu"):
@@ -130,7 +132,7 @@ class _Registration:
         """Every argument by position: the dispatcher leaves out trailing defaults."""
         args += self.positional[len(args) :]
         if self.keyword_only:
-            args += tuple(kwargs.get(name, default) for name, default in self.keyword_only)
+            args += tuple((self.keyword_only | kwargs).values())
         return args
 
     def check_tensors(self, args: tuple[Any, ...]) -> None:
@@ -165,7 +167,7 @@ class _Registration:
         public, fake = decl.kind == "public", suffix == "_fake"
         bind, check_tensors = self.bind, self.check_tensors
 
-        def kernel(*args: Any, **kwargs: Any) -> Any:
+        def checked(bound: tuple[Any, ...] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal function, op_check, launcher
             if function is None:
                 module = self.spec.module
@@ -173,14 +175,18 @@ class _Registration:
                 function = getattr(module, f"{decl.name}{suffix}")
                 launcher = getattr(module, decl.name)
             if public:
-                check_tensors(bind(args, kwargs))
+                check_tensors(bind(args, kwargs) if bound is None else bound)
                 if op_check is not None:
                     op_check(*args, **kwargs)
             if fake and _recording():
                 return launcher(*args, **kwargs)  # type: ignore[misc]
             return function(*args, **kwargs)
 
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            return checked(None, args, kwargs)
+
         kernel.__name__ = kernel.__qualname__ = f"{decl.name}{suffix}"
+        kernel.checked = checked  # for a caller that has bound the arguments already
         return kernel
 
     # -- gradient -----------------------------------------------------------------------------------------------------
@@ -189,13 +195,12 @@ class _Registration:
         """The Autograd-key kernel: an autograd.Function only when a gradient is needed."""
         spec, op, bind = self.spec, self.spec.op, self.bind
         differentiable, without_gradient, tensors = self.differentiable, self.without_gradient, self.tensors
-        first_index, count = tensors[0], 0 if self.keyword_only else len(spec.arguments)
+        count = 0 if self.keyword_only else len(spec.arguments)
         function = self.autograd_function()
-        launcher = self.backend(spec.public, "")
+        launcher = self.backend(spec.public, "").checked
+        straight = not any(a.mutated for a in spec.arguments)
         below_autograd = torch._C._AutoDispatchBelowAutograd
         grad_enabled = torch.is_grad_enabled
-        no_modes, no_transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
-        plain = (torch.Tensor, torch.nn.Parameter)
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
             bound = args if len(args) == count else bind(args, kwargs)
@@ -207,20 +212,17 @@ class _Registration:
                         if not differentiable:  # indices and the like cut no gradient
                             with below_autograd():
                                 found = op(*args, **kwargs)
-                            if not any(t.is_floating_point() for t in tree_leaves(found)):
+                            if not any(
+                                isinstance(t, torch.Tensor) and t.is_floating_point() for t in tree_leaves(found)
+                            ):
                                 return found
                         _refuse_gradient(spec, spec.arguments[i].name)
                 for i in differentiable:
                     if bound[i] is not None and bound[i].requires_grad:
                         self.check_tensors(bound)
                         return function(bound)
-            # Straight to the launcher when nothing between here and the CUDA key would act: saves a dispatch (about 5 us).
-            if bound[first_index].is_cuda and no_modes() == 0 and no_transforms() is None:
-                for i in tensors:
-                    if bound[i] is not None and type(bound[i]) not in plain:
-                        break
-                else:
-                    return launcher(*args, **kwargs)
+            if straight and _straight(bound, tensors):
+                return launcher(bound, args, kwargs)
             with below_autograd():
                 return op(*args, **kwargs)
 
@@ -264,7 +266,7 @@ class _Registration:
             if check is not None:
                 keywords = len(self.keyword_only)
                 head = bound[: len(bound) - keywords] if keywords else bound
-                check(*head, **{name: bound[len(head) + i] for i, (name, _) in enumerate(self.keyword_only)})
+                check(*head, **dict(zip(self.keyword_only, bound[len(head) :], strict=True)))
             if torch._C._functorch.peek_interpreter_stack() is not None:
                 raise NotImplementedError(
                     f"{spec.qualname}: torch.func transforms (grad, jvp, jacrev) are not supported; use torch.autograd.grad"
@@ -321,6 +323,18 @@ class _Registration:
         distributed.register(self.spec)
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+
+
+def _straight(bound: tuple[Any, ...], tensors: Sequence[int]) -> bool:
+    """Whether nothing between an Autograd-key kernel and the CUDA key would act: going straight to the launcher saves a
+    dispatch (about 5 us)."""
+    if not bound[tensors[0]].is_cuda or _modes() != 0 or _transforms() is not None:
+        return False
+    return all(bound[i] is None or type(bound[i]) in _PLAIN for i in tensors)
+
+
 def _recording() -> bool:
     """Whether launches are being recorded: then an op on meta tensors runs its launcher, through its gradient too."""
     launch = sys.modules.get("torch_triton_ops.launch")
@@ -356,9 +370,10 @@ def _inlining_rule(launcher: Callable[..., Any]) -> Callable[..., Any]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _undifferentiable(spec: OpSpec, decl: OpDecl) -> Callable[..., Any]:
+def _undifferentiable(spec: OpSpec, decl: OpDecl, launcher: Callable[..., Any]) -> Callable[..., Any]:
     """Autograd-key kernel of an internal op: without it a gradient would flow through the CPU reference, or be cut."""
-    op = decl.op
+    op, tensors = decl.op, decl.tensor_positions()
+    straight = not any(a.mutated for a in decl.arguments)
     below_autograd = torch._C._AutoDispatchBelowAutograd
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
@@ -369,8 +384,26 @@ def _undifferentiable(spec: OpSpec, decl: OpDecl) -> Callable[..., Any]:
                         f"{decl.qualname} has no gradient: it is part of {spec.qualname}'s own. Call {spec.qualname}, or"
                         " detach() the inputs"
                     )
+        if straight and not kwargs and _straight(args, tensors):
+            return launcher(*args)
         with below_autograd():
             return op(*args, **kwargs)
+
+    return kernel
+
+
+def _version_bump(decl: OpDecl) -> Callable[..., Any]:
+    """ADInplaceOrView-key kernel of an op that mutates: a gradient that saved what is written over must fail, not be wrong."""
+    op = decl.op
+    mutated = [(i, a.name) for i, a in enumerate(decl.arguments) if a.mutated]
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        for i, name in mutated:
+            tensor = args[i] if i < len(args) else kwargs.get(name)
+            if tensor is not None:
+                torch.autograd.graph.increment_version(tensor)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
 
     return kernel
 

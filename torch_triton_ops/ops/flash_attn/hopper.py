@@ -40,7 +40,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from torch_triton_ops.launch import Descriptor, NotInlinable, can_describe, cdiv, descriptor, launch, sm_count
+from torch_triton_ops.launch import (
+    Descriptor,
+    NotInlinable,
+    Plans,
+    Prepared,
+    aligned,
+    can_describe,
+    cdiv,
+    descriptor,
+    sm_count,
+)
 
 # Query rows of one consumer: what one warpgroup's matrix product takes.
 ROWS = gl.constexpr(64)
@@ -683,10 +693,38 @@ def forward(
     """
     if isinstance(q, (FakeTensor, FunctionalTensor)):
         raise NotInlinable(_flash_attn_fwd_hopper_kernel.__name__)
+    if q.shape[:3].numel() == 0:
+        return
+    key = (
+        *(q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride()),
+        *(aligned(q), aligned(k), aligned(v), q.dtype, q.device, scale, causal, lse is None),
+    )
+    plan = _plans.find(key)
+    if plan is None:
+        copies = describable(q), describable(k), describable(v)
+        plan = _plan(*copies, out, lse, _tile_counter(q), scale, causal)
+        if all(x is y for x, y in zip(copies, (q, k, v), strict=True)):  # else they are to be made at every call
+            _plans.keep(key, plan)
+        q, k, v = copies
+    # out once more is a pointer that nobody follows, where there is nothing to save
+    plan(q, k, v, out, out if lse is None else lse, _tile_counter(q))
+
+
+_plans = Plans()
+
+
+def _plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    counter: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> Prepared:
     B, H, Sq, D = q.shape
     Hkv, Skv = k.shape[1], k.shape[2]
-    if B * H * Sq == 0:
-        return
     head_dim = next(width for width in _CONFIGS if width >= D)
     box = 64 if head_dim == 192 else head_dim
     config = _CONFIGS[head_dim]
@@ -694,15 +732,15 @@ def forward(
     num_blocks = cdiv(Sq, ROWS.value * config["CONSUMERS"])
     # as many key heads at a time as fit, each with all its query heads
     section = min(B * H, group * max(1, _L2_BYTES // (2 * Skv * D * k.element_size())))
-    launch(
+    return Prepared(
         _flash_attn_fwd_hopper_kernel,
         (min(sm_count(q.device), num_blocks * B * H),),
         boxes(q, ROWS.value, box),
         boxes(k, block_n, box),
         boxes(v, block_n, box),
-        descriptor(out, (1, 1, ROWS.value, box), TILE),
-        out if lse is None else lse,  # a pointer that nobody follows, where there is nothing to save
-        _tile_counter(q),
+        boxes(out, ROWS.value, box),
+        out if lse is None else lse,
+        counter,
         *(scale * math.log2(math.e), Sq, Skv, num_blocks, H, group, B * H, section),
         num_warps=4,
         HEAD_DIM=head_dim,
@@ -713,10 +751,13 @@ def forward(
     )
 
 
+def describable(x: torch.Tensor) -> torch.Tensor:
+    """x (B, H, S, D), or a copy that TMA can read."""
+    return x if can_describe(x) else x.clone(memory_format=torch.contiguous_format)  # contiguous() may keep the base
+
+
 def boxes(x: torch.Tensor, rows: int, head_dim: int) -> Descriptor:
-    """Descriptor of x (B, H, S, D), or of a copy, for boxes of one head's (rows, head_dim)."""
-    if not can_describe(x):
-        x = x.clone(memory_format=torch.contiguous_format)  # contiguous() would keep a misaligned base
+    """Descriptor of x (B, H, S, D) for boxes of one head's (rows, head_dim)."""
     return descriptor(x, (1, 1, rows, head_dim), TILE)
 
 

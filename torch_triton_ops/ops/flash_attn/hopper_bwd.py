@@ -23,6 +23,7 @@ casts these. `backward` launches all three.
 # No `from __future__ import annotations` here: an aggregate's fields are declared by their types themselves.
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -42,9 +43,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from torch_triton_ops.launch import NotInlinable, cdiv, descriptor, launch
+from torch_triton_ops.launch import NotInlinable, Plans, Prepared, aligned, cdiv, descriptor
 
-from .hopper import TILE, boxes
+from .hopper import TILE, boxes, describable
 from .triton_kernels import _load_rows
 
 HALF_N = gl.constexpr(64)  # keys of a consumer
@@ -555,24 +556,64 @@ def backward(
     if isinstance(q, (FakeTensor, FunctionalTensor)):
         raise NotInlinable(_flash_attn_bwd_hopper_kernel.__name__)
     B, H, Sq, D = q.shape
-    Hkv, Skv = k.shape[1], k.shape[2]
     if B * H * Sq == 0:
         for gradient in (dk, dv):
             gradient.zero_()
         return
     head_dim = 64 if D <= 64 else 128 if D <= 128 else 256
     block_m = 128 if head_dim == 64 else 64  # queries of a step
-    block_n = 64 if head_dim == 256 else 128  # keys of a program
-    section = 4 if causal else 1
-    blocks, key_blocks = cdiv(Sq, block_m), cdiv(Skv, block_n)
+    blocks = cdiv(Sq, block_m)
     queries = B * H * blocks * block_m
     rows = q.new_empty((2, queries), dtype=torch.float32)
     sums = q.new_empty((queries * head_dim // 128, 128), dtype=torch.float32)
-    dout, out = _unit_last_stride(dout), _unit_last_stride(out)
-    launch(
+    dout, out, lse = _unit_last_stride(dout), _unit_last_stride(out), lse.contiguous()
+    key = (
+        *(q.shape, q.stride(), k.shape, k.stride(), v.stride(), dout.stride(), out.stride(), dq.stride()),
+        *(aligned(q), aligned(k), aligned(v), aligned(dout), q.dtype, q.device, scale, causal),
+    )
+    plan = _plans.find(key)
+    if plan is None:
+        given, copies = (q, k, v, dout), tuple(map(describable, (q, k, v, dout)))
+        plan = _plan(*copies, out, lse, rows, sums, dq, dk, dv, scale, causal, head_dim, block_m, blocks)
+        if all(x is y for x, y in zip(copies, given, strict=True)):  # else they are to be made at every call
+            _plans.keep(key, plan)
+        q, k, v, dout = copies
+    prepare, accumulate, cast = plan
+    prepare(dout, out, lse, rows, sums)
+    accumulate(q, k, v, dout, rows, sums, dk, dv)
+    cast(sums, dq)
+
+
+_plans = Plans()
+
+
+def _plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rows: torch.Tensor,
+    sums: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    scale: float,
+    causal: bool,
+    head_dim: int,
+    block_m: int,
+    blocks: int,
+) -> tuple[Prepared, Prepared, Prepared]:
+    """The three launches."""
+    B, H, Sq, D = q.shape
+    Hkv, Skv = k.shape[1], k.shape[2]
+    block_n = 64 if head_dim == 256 else 128  # keys of a program
+    key_blocks = cdiv(Skv, block_n)
+    prepare = Prepared(
         _flash_attn_bwd_prepare_kernel,
         (B * H * blocks,),
-        *(dout, out, lse.contiguous(), rows, sums, Sq, H, B * H),
+        *(dout, out, lse, rows, sums, Sq, H, B * H),
         *(*dout.stride()[:3], *out.stride()[:3]),
         num_warps=8,
         D=D,
@@ -589,47 +630,41 @@ def backward(
     gradients = descriptor(dk, (1, 1, 64, head_dim), TILE), descriptor(dv, (1, 1, 64, head_dim), TILE)
     problem = scale, scale * math.log2(math.e), Skv, Skv - Sq, blocks, key_blocks, Hkv, B * Hkv, H // Hkv
     grid = (B * Hkv * key_blocks,)
+    shared: dict[str, Any] = {
+        "num_warps": 4,
+        "SECTION": 4 if causal else 1,
+        "IS_CAUSAL": causal,
+        "EVEN_N": not causal and Skv % block_n == 0,
+    }
     if head_dim == 256:
         from .hopper_bwd_wide import _flash_attn_bwd_wide_kernel
 
-        launch(
-            _flash_attn_bwd_wide_kernel,
-            grid,
-            *tensors,
-            sums,
-            *gradients,
-            *problem,
-            H // Hkv * blocks * block_m,
-            num_warps=4,
-            SECTION=section,
-            IS_CAUSAL=causal,
-            EVEN_N=not causal and Skv % block_n == 0,
-        )
+        groups = H // Hkv * blocks * block_m
+        accumulate = Prepared(_flash_attn_bwd_wide_kernel, grid, *tensors, sums, *gradients, *problem, groups, **shared)
     else:
-        launch(
+        accumulate = Prepared(
             _flash_attn_bwd_hopper_kernel,
             grid,
             *tensors,
             descriptor(sums, (32, 128), _PLAIN),
             *gradients,
             *problem,
-            num_warps=4,
             HEAD_DIM=head_dim,
             BLOCK_M=block_m,
-            SECTION=section,
-            IS_CAUSAL=causal,
             FIRST_IS_UNSEEN=causal and Skv <= Sq and block_m == 64,
-            EVEN_N=not causal and Skv % block_n == 0,
+            **shared,
         )
-    launch(
+    parts = blocks * (block_m // 64)
+    cast = Prepared(
         _flash_attn_bwd_cast_kernel,
-        (B * H * blocks * (block_m // 64),),
-        *(sums, dq, Sq, H, blocks * (block_m // 64), *dq.stride()[:3]),
+        (B * H * parts,),
+        *(sums, dq, Sq, H, parts, *dq.stride()[:3]),
         num_warps=8,
         SCALE=scale,
         D=D,
         HEAD_DIM=head_dim,
     )
+    return prepare, accumulate, cast
 
 
 def _unit_last_stride(x: torch.Tensor) -> torch.Tensor:

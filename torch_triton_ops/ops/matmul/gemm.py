@@ -8,12 +8,13 @@ import torch
 
 from torch_triton_ops.launch import (
     INTERPRET,
+    Plans,
+    Prepared,
     aligned,
     can_describe,
     capability,
     cdiv,
     descriptor,
-    is_recording,
     launch,
     sm_count,
 )
@@ -78,28 +79,15 @@ def _matmul_tma_operands(
 
 
 class _MatmulPlan(NamedTuple):
-    """How a product is started: all that its operands' metadata decides. None of `views`: TMA reads neither."""
+    """How a product is started."""
 
-    views: tuple[_MatmulView, _MatmulView] | None  # of what the kernel calls a and b
-    boxes: tuple[tuple[int, int], ...]  # of a, of b and, if not empty, of b's second tile
-    out_box: tuple[int, int] | None  # None: stored through pointers
-    swapped: bool
-    grid: tuple[int, ...]
-    integers: tuple[int, ...]
+    start: Prepared
+    swapped: bool  # the kernel's a is our w
+    twice: bool  # b is described for two widths of tiles
     split: int
-    constexprs: dict[str, Any]
 
 
-class _MatmulView(NamedTuple):
-    """The two dims of an operand that TMA reads, by `as_strided`."""
-
-    size: tuple[int, int]
-    stride: tuple[int, int]
-
-
-# Deciding takes the host longer than starting the kernel, and programs repeat their shapes.
-_matmul_plans: dict[tuple[Any, ...], _MatmulPlan] = {}
-_MATMUL_PLANS = 4096  # shapes that change from call to call must not fill the memory
+_matmul_plans = Plans()
 
 
 def _matmul_gemm(
@@ -144,42 +132,25 @@ def _matmul_gemm(
         *(a.shape, a.stride(), aligned(a), w.shape, w.stride(), aligned(w)),
         *(dtype, a.device, precision, bias is not None, activation, z is not None),
     )
-    plan = _matmul_plans.get(key) if config is None and not is_recording() else None
+    plan = _matmul_plans.find(key) if config is None else None
     if plan is None:
-        plan = _matmul_plan(a, w, precision, bias is not None, activation, z is not None, config)
-        if config is None and not is_recording():
-            if len(_matmul_plans) >= _MATMUL_PLANS:
-                _matmul_plans.clear()
-            _matmul_plans[key] = plan
+        plan = _matmul_plan(a, w, out, bias, activation, z, precision, config)
+        if config is None:
+            _matmul_plans.keep(key, plan)
 
-    split = plan.split
-    partial = out if split == 1 else out.new_empty((split, NUMEL), dtype=torch.float32)
-    bias_arg, z_arg = (bias, z) if split == 1 else (None, None)
-    if plan.views is not None:
-        out_arg: Any = partial
-        if plan.out_box is not None:
-            out_arg = descriptor(out.view(-1, N), plan.out_box)
-            z_arg = None if z is None else descriptor(z.view(-1, N), plan.out_box)
-        first, second = (
-            x if x.shape == view.size and x.stride() == view.stride else x.as_strided(*view)
-            for x, view in zip((w, a) if plan.swapped else (a, w), plan.views, strict=True)
-        )
-        launch(
-            _matmul_tma_kernel,
-            plan.grid,
-            descriptor(first, plan.boxes[0]),
-            descriptor(second, plan.boxes[1]),
-            descriptor(second, plan.boxes[2]) if len(plan.boxes) > 2 else None,
-            bias_arg,
-            out_arg,
-            z_arg,
-            *plan.integers,
-            **plan.constexprs,
-        )
-    else:
-        launch(_matmul_kernel, plan.grid, a, w, bias_arg, partial, z_arg, *plan.integers, **plan.constexprs)
-    if split > 1:
-        _matmul_reduce(partial, out, split, N, bias, z, _matmul_epilogue(bias is not None, activation, z is not None))
+    # With split-K the epilogue belongs to the reduction.
+    alone = plan.split == 1
+    partial = out if alone else out.new_empty((plan.split, NUMEL), dtype=torch.float32)
+    first, second = (w, a) if plan.swapped else (a, w)
+    plan.start(
+        *((first, second, second) if plan.twice else (first, second)),
+        *((bias,) if alone and bias is not None else ()),
+        partial,
+        *((z,) if alone and z is not None else ()),
+    )
+    if not alone:
+        epilogue = _matmul_epilogue(bias is not None, activation, z is not None)
+        _matmul_reduce(partial, out, plan.split, N, bias, z, epilogue)
 
 
 def _matmul_epilogue(has_bias: bool, activation: str, store_z: bool) -> dict[str, Any]:
@@ -189,10 +160,11 @@ def _matmul_epilogue(has_bias: bool, activation: str, store_z: bool) -> dict[str
 def _matmul_plan(
     a: torch.Tensor,
     w: torch.Tensor,
-    precision: str,
-    has_bias: bool,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
     activation: str,
-    store_z: bool,
+    z: torch.Tensor | None,
+    precision: str,
     config: _MatmulConfig | None,
 ) -> _MatmulPlan:
     """Which kernel, which tiles, what TMA reads: for `_matmul_gemm`, whose arguments these are."""
@@ -214,7 +186,11 @@ def _matmul_plan(
     tiles = cdiv(size_m, block_m) * cdiv(size_n, block_n + config.block_n2)
     split = config.split_k
     k_split = cdiv(cdiv(K, block_k), split) * block_k
-    constexprs: dict[str, Any] = {
+    if split > 1:
+        bias = z = None
+        activation = "none"
+        out = out.new_empty((split, out.numel()), dtype=torch.float32)  # as every call's partial results
+    shared: dict[str, Any] = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
@@ -225,49 +201,49 @@ def _matmul_plan(
         "UPCAST": INTERPRET,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        # With split-K the epilogue belongs to the reduction.
-        **(_matmul_epilogue(has_bias, activation, store_z) if split == 1 else _matmul_epilogue(False, "none", False)),
+        **_matmul_epilogue(bias is not None, activation, z is not None),
     }
     if tma is None:
         *batch_a, stride_am, stride_ak = a.stride()
         *batch_w, stride_bn, stride_bk = w.stride()
-        strides = *(batch_a or (0, 0)), stride_am, stride_ak, *(batch_w or (0, 0)), stride_bk, stride_bn
-        integers = M, N, K, k_split, B, B2, *strides
-        constexprs["EVEN_K"] = K % block_k == 0
-        return _MatmulPlan(None, (), None, False, (tiles * split * B,), integers, split, constexprs)
+        start = Prepared(
+            _matmul_kernel,
+            (tiles * split * B,),
+            *(a, w, bias, out, z, M, N, K, k_split, B, B2),
+            *(*(batch_a or (0, 0)), stride_am, stride_ak, *(batch_w or (0, 0)), stride_bk, stride_bn),
+            EVEN_K=K % block_k == 0,
+            **shared,
+        )
+        return _MatmulPlan(start, False, False, split)
 
     first, second = tma[::-1] if config.swapped else tma
     box = (block_n, block_m) if config.swapped else (block_m, block_n // 2 if config.halves else block_n)
     # A store by descriptor ends at the last batch's edge only. z has out's shape, and both are new.
     tma_store = split == 1 and N * itemsize % 16 == 0 and (B == 1 or M % box[0] == 0) and B * M < 2**31
     tma_store = tma_store and config.block_n2 == 0
-    constexprs |= {
-        "A_K_MAJOR": first.k_major,
-        "B_K_MAJOR": second.k_major,
-        "TMA_STORE": tma_store,
-        "HALVES": config.halves,
-        "PERSISTENT": config.persistent,
-        "BLOCK_N2": config.block_n2,
-        "SWAPPED": config.swapped,
-        "BATCHED": B > 1,
-    }
-    return _MatmulPlan(
-        views=tuple(_MatmulView(tuple(o.view.shape), o.view.stride()) for o in (first, second)),  # type: ignore[arg-type]
-        boxes=(
-            (block_m, block_k) if first.k_major else (block_k, block_m),
-            *(
-                (width, block_k) if second.k_major else (block_k, width)
-                for width in (block_n, config.block_n2)
-                if width
-            ),
+    start = Prepared(
+        _matmul_tma_kernel,
+        (min(tiles * B, sms) if config.persistent else tiles * split * B,),
+        descriptor(first.view, (block_m, block_k) if first.k_major else (block_k, block_m)),
+        *(
+            descriptor(second.view, (width, block_k) if second.k_major else (block_k, width)) if width else None
+            for width in (block_n, config.block_n2)
         ),
-        out_box=box if tma_store else None,
-        swapped=config.swapped,
-        grid=(min(tiles * B, sms) if config.persistent else tiles * split * B,),
-        integers=(size_m, size_n, K, k_split, B, first.batch_rows, second.batch_rows),
-        split=split,
-        constexprs=constexprs,
+        bias,
+        descriptor(out.view(B * M, N), box) if tma_store else out,
+        descriptor(z.view(B * M, N), box) if tma_store and z is not None else z,
+        *(size_m, size_n, K, k_split, B, first.batch_rows, second.batch_rows),
+        A_K_MAJOR=first.k_major,
+        B_K_MAJOR=second.k_major,
+        TMA_STORE=tma_store,
+        HALVES=config.halves,
+        PERSISTENT=config.persistent,
+        BLOCK_N2=config.block_n2,
+        SWAPPED=config.swapped,
+        BATCHED=B > 1,
+        **shared,
     )
+    return _MatmulPlan(start, config.swapped, config.block_n2 > 0, split)
 
 
 def _matmul_aligned(x: torch.Tensor) -> bool:
