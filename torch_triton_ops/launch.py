@@ -219,7 +219,11 @@ def launch(
     device = -1
     described = False
     for a in args:
-        if isinstance(a, torch.Tensor):
+        kind = type(a)
+        if kind is int:  # the commonest first
+            values.append(a)
+            key.append(7 if a == 1 else (a % 16 == 0) + 2 * (-_MAX_INT32 <= a <= _MAX_INT32))
+        elif isinstance(a, torch.Tensor):
             pointer = a.data_ptr()
             values.append(pointer)
             key.append(a.dtype)
@@ -229,17 +233,14 @@ def launch(
                 if device >= 0 or index < 0:
                     raise RuntimeError(f"{kernel.__name__}: its tensors must all be on one GPU; one is on {a.device}")
                 device = index
-        elif type(a) is int:
-            values.append(a)
-            key.append(1 if a == 1 else (a % 16 == 0, -_MAX_INT32 <= a <= _MAX_INT32))
-        elif type(a) is Descriptor:
+        elif kind is Descriptor:
             values.append(a)
             key.append((a.base.dtype, a.block_shape, id(a.layout)))  # hashing a layout would take a microsecond
             device = a.base.get_device()
             described = True
         else:
             values.append(a)
-            key.append((type(a), a) if a is None or type(a) is bool else type(a))
+            key.append((kind, a) if a is None or kind is bool else kind)
     key.append(device)
     if 0 in grid:
         return None
