@@ -159,11 +159,11 @@ def _forward(
 ) -> None:
     left, right = _bounds(q.shape[2], k.shape[2], causal, window_left, window_right)
     scale = scale_of(q, scale)
-    refusal = _terms_refusal(alibi_slopes, attn_bias, sinks) or _gluon_refusal(q, k, scale, softcap, left, right)
+    refusal = _terms_refusal(alibi_slopes, attn_bias) or _gluon_refusal(q, k, scale)
     if _takes_gluon(q.device, refusal):
         from . import hopper
 
-        hopper.forward(q, k, v, out, lse, scale, right == 0)
+        hopper.forward(q, k, v, out, lse, scale, left, right, softcap, sinks)
     else:
         options = triton_kernels.Options(scale, softcap, left, right, alibi_slopes, attn_bias, sinks)
         triton_kernels.forward(q, k, v, out, lse, options)
@@ -191,12 +191,13 @@ def flash_attn_bwd(
     found = flash_attn_bwd_fake(dout, q, k, v, out, lse, *options, needs)
     left, right = _bounds(q.shape[2], k.shape[2], causal, window_left, window_right)
     scale = scale_of(q, scale)
-    refusal = _terms_refusal(*terms) or _gluon_bwd_refusal(q, k, scale, softcap, left, right)
+    refusal = _terms_refusal(alibi_slopes, attn_bias) or _gluon_bwd_refusal(q, k, scale)
     if _takes_gluon(q.device, refusal):
         from . import hopper_bwd
 
         dq, dk, dv = (g if needed else dense_like(x) for g, x, needed in zip(found, (q, k, v), needs, strict=False))
-        hopper_bwd.backward(dout, q, k, v, out, lse, dq, dk, dv, scale, right == 0)
+        dsinks = found[5] if sinks is not None and needs[5] else None
+        hopper_bwd.backward(dout, q, k, v, out, lse, dq, dk, dv, scale, left, right, softcap, sinks, dsinks)
     else:
         triton_kernels.backward(
             *(dout, q, k, v, out, lse),
@@ -235,16 +236,14 @@ def _warn_once(refusal: str) -> None:
     warnings.warn(f"tt::flash_attn runs its portable kernels, not the Hopper ones: {refusal}", stacklevel=2)
 
 
-def _terms_refusal(
-    alibi_slopes: torch.Tensor | None, attn_bias: torch.Tensor | None, sinks: torch.Tensor | None
-) -> str | None:
+def _terms_refusal(alibi_slopes: torch.Tensor | None, attn_bias: torch.Tensor | None) -> str | None:
     """Why the Hopper kernels cannot compute a call with these; None if they can."""
-    terms = {"alibi_slopes": alibi_slopes, "attn_bias": attn_bias, "sinks": sinks}
+    terms = {"alibi_slopes": alibi_slopes, "attn_bias": attn_bias}
     given = [name for name, term in terms.items() if term is not None]
     return f"they have no {' and no '.join(given)}" if given else None
 
 
-def _gluon_refusal(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float, left: int, right: int) -> str | None:
+def _gluon_refusal(q: torch.Tensor, k: torch.Tensor, scale: float) -> str | None:
     """Why the Hopper kernels cannot compute this call; None if they can."""
     D = q.shape[3]
     if capability(q.device) != 90:
@@ -255,17 +254,13 @@ def _gluon_refusal(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: floa
         return f"they take head sizes from 40 to 256 that are multiples of 8, not {D}"
     if scale <= 0:
         return f"they take a scale > 0, not {scale}"  # they hide keys before scaling: -inf * scale must stay -inf
-    if softcap > 0 or left >= 0 or right > 0:
-        return "they have no windows and no softcap"
     if k.shape[2] == 0:
         return "TMA cannot describe empty keys"
     return None
 
 
-def _gluon_bwd_refusal(
-    q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float, left: int, right: int
-) -> str | None:
-    refusal = _gluon_refusal(q, k, scale, softcap, left, right)
+def _gluon_bwd_refusal(q: torch.Tensor, k: torch.Tensor, scale: float) -> str | None:
+    refusal = _gluon_refusal(q, k, scale)
     D, Sq = q.shape[3], q.shape[2]
     least = 128 if D <= 64 else 64  # two of their steps
     if refusal is None and Sq <= least:

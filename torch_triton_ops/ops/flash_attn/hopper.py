@@ -11,7 +11,7 @@ What the hardware wants, and what this kernel does about it:
 * **No idle SM at the end.** The grid is persistent. The producer draws the next tile from a counter in global memory; tiles
   are ordered by what suits the L2 cache, and under a causal mask the longest come first.
 * **Masks where they are needed only.** Keys are taken from the last visible block down, so that the first blocks of a tile are
-  the masked ones and invisible ones are never loaded.
+  the masked ones (in a window the last ones, too) and invisible ones are never loaded.
 
 P never leaves the registers: an accumulator of S holds its elements exactly where the operand of P V wants them. O leaves by
 TMA under the next tile. TMA descriptors have rank 4 (batch, head, row, column), so rows past the end of a head, and columns
@@ -71,10 +71,14 @@ class _Forward:
     out_desc: tma.tensor_descriptor  # as q
     lse_ptr: gl.tensor  # (B, Hq, Sq) float32
     counter_ptr: gl.tensor  # (1,) int32: how many tiles have been drawn
+    sinks_ptr: gl.tensor  # (H,)
     # the problem
-    scale_log2: gl.tensor  # scale * log2(e), so that exp becomes exp2
+    scale_log2: gl.tensor  # log2(e) times the scale, or with softcap times that: so that exp becomes exp2
+    cap_scale: gl.tensor  # softcap: 2 * log2(e) * scale / softcap
     Sq: gl.tensor
     Skv: gl.tensor
+    first: gl.tensor  # query i sees the keys from i + first (windows)
+    last: gl.tensor  # to i + last (causal, windows)
     num_blocks: gl.tensor  # tiles of a head
     H: gl.tensor  # query heads
     heads_per_kv: gl.tensor
@@ -106,19 +110,26 @@ class _Forward:
     OUT_IN_Q: gl.constexpr
     PING_PONG: gl.constexpr
     LAZY: gl.constexpr
-    IS_CAUSAL: gl.constexpr
+    HAS_LAST: gl.constexpr  # causal or a window
+    HAS_FIRST: gl.constexpr  # a window
+    HAS_SOFTCAP: gl.constexpr
+    HAS_SINKS: gl.constexpr
     EVEN_N: gl.constexpr
     SAVE_LSE: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, tensors, problem, buffers, barriers, constants):
-        self.q_desc, self.k_desc, self.v_desc, self.out_desc, self.lse_ptr, self.counter_ptr = tensors
-        self.scale_log2, self.Sq, self.Skv, self.num_blocks, self.H, self.heads_per_kv, self.BH, self.section = problem
+    def __init__(self, tensors, problem, buffers, barriers, config, options):
+        self.q_desc, self.k_desc, self.v_desc, self.out_desc = tensors[:4]
+        self.lse_ptr, self.counter_ptr, self.sinks_ptr = tensors[4:]
+        self.scale_log2, self.cap_scale, self.Sq, self.Skv, self.first, self.last = problem[:6]
+        self.num_blocks, self.H, self.heads_per_kv, self.BH, self.section = problem[6:]
         self.q, self.k, self.v, self.out, self.q_tail, self.k_tail, self.v_tail, self.out_tail, self.tile = buffers
         self.q_full, self.q_empty, self.full, self.empty, self.tile_full, self.tile_empty = barriers
-        self.CONSUMERS, self.BLOCK_N, self.HEAD_DIM, self.STAGES, self.OUT_IN_Q = map(gl.constexpr, constants[:5])
-        self.TAIL = gl.constexpr(constants[2] == 192)
-        self.PING_PONG, self.LAZY, self.IS_CAUSAL, self.EVEN_N, self.SAVE_LSE = map(gl.constexpr, constants[5:])
+        self.CONSUMERS, self.BLOCK_N, self.HEAD_DIM, self.STAGES, self.OUT_IN_Q = map(gl.constexpr, config[:5])
+        self.TAIL = gl.constexpr(config[2] == 192)
+        self.PING_PONG, self.LAZY = map(gl.constexpr, config[5:])
+        self.HAS_LAST, self.HAS_FIRST, self.HAS_SOFTCAP = map(gl.constexpr, options[:3])
+        self.HAS_SINKS, self.EVEN_N, self.SAVE_LSE = map(gl.constexpr, options[3:])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -142,18 +153,28 @@ def _tile_place(x, tile):
 
 @gluon.jit
 def _key_blocks(x, start_m, BLOCK_M: gl.constexpr):
-    """Rows start_m .. start_m + BLOCK_M need key blocks 0 .. end; of these 0 .. full need no mask.
+    """Rows start_m .. start_m + BLOCK_M need key blocks begin .. end; of these full_begin .. full_end need no mask.
 
-    Row i sees the keys up to i + Skv - Sq if causal. At least one block is always processed, because a row that sees no key
-    must be written all the same.
+    Returns (begin, full_begin, full_end, end): begin <= full_begin <= full_end < end. At least one block is always processed,
+    because a row that sees no key must be written all the same; the last one counts as masked.
     """
-    last_key = x.Skv
-    full = x.Skv // x.BLOCK_N
-    if x.IS_CAUSAL:
-        last_key = gl.minimum(x.Skv, gl.minimum(start_m + BLOCK_M, x.Sq) + (x.Skv - x.Sq))
-        full = gl.minimum(full, gl.maximum(start_m + (x.Skv - x.Sq) + 1, 0) // x.BLOCK_N)
-    end = gl.maximum((last_key + x.BLOCK_N - 1) // x.BLOCK_N, 1)
-    return end, gl.minimum(full, end - 1)
+    LOG_N: gl.constexpr = x.BLOCK_N.bit_length() - 1  # a shift rounds down, and needs no sign
+    seen_by_all = x.Skv
+    seen_by_any = x.Skv
+    if x.HAS_LAST:
+        seen_by_all = gl.minimum(x.Skv, gl.maximum(start_m + x.last, -1) + 1)
+        seen_by_any = gl.minimum(x.Skv, gl.minimum(start_m + BLOCK_M, x.Sq) + x.last)
+    end = gl.maximum((seen_by_any + x.BLOCK_N - 1) >> LOG_N, 1)
+    full_end = gl.minimum(seen_by_all >> LOG_N, end - 1)
+    begin = 0
+    full_begin = 0
+    if x.HAS_FIRST:
+        first = gl.maximum(start_m + x.first, 0)
+        begin = gl.minimum(first >> LOG_N, end - 1)
+        full_end = gl.maximum(full_end, begin)
+        first = gl.maximum(start_m + x.first + BLOCK_M - 1, 0)  # the last row's
+        full_begin = gl.minimum(gl.maximum((first + x.BLOCK_N - 1) >> LOG_N, begin), full_end)
+    return begin, full_begin, full_end, end
 
 
 # The producer is the scheduler too. It tells the consumers their next tile through shared memory (two slots, so that it can
@@ -213,17 +234,43 @@ def _hand_over_turn(CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def _mask_scores(s, limit, start_n):
-    """Scores of keys at or past limit[row] become -inf.
+def _mask_scores(x, s, limit, first, start_n):
+    """Scores of keys at or past limit[row], in a window also of those before first[row], become -inf.
 
     Compare and select are fused in one asm block for each element. With gl.where, ptxas computes all 64 predicates early,
     packs them into bit masks and unpacks them again: 200 more instructions a block of keys.
     """
     offs_n = start_n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+    if x.HAS_FIRST:
+        return gl.inline_asm_elementwise(
+            "{ .reg .pred visible; setp.lt.s32 visible, $2, $3; setp.ge.and.s32 visible, $2, $4, visible; "
+            "selp.f32 $0, $1, 0fFF800000, visible; }",
+            "=f,f,r,r,r",
+            [s, offs_n[None, :], limit[:, None], first[:, None]],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .pred visible; setp.lt.s32 visible, $2, $3; selp.f32 $0, $1, 0fFF800000, visible; }",
+            "=f,f,r,r",
+            [s, offs_n[None, :], limit[:, None]],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@gluon.jit
+def tanh(s, factor):
+    """tanh(s * factor / (2 log2(e))) = 1 - 2 / (1 + 2^(s * factor)), to about 1e-7: tanh.approx, one instruction fewer, is off by
+    5e-4, and what it is off by is multiplied by softcap."""
     return gl.inline_asm_elementwise(
-        "{ .reg .pred visible; setp.lt.s32 visible, $2, $3; selp.f32 $0, $1, 0fFF800000, visible; }",
-        "=f,f,r,r",
-        [s, offs_n[None, :], limit[:, None]],
+        "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 e, e; "
+        "fma.rn.f32 $0, e, 0fC0000000, 0f3F800000; }",
+        "=f,f",
+        [s * factor],
         dtype=gl.float32,
         is_pure=True,
         pack=1,
@@ -231,14 +278,16 @@ def _mask_scores(s, limit, start_n):
 
 
 @gluon.jit
-def _softmax_step(x, s, m, limit, start_n, MASKED: gl.constexpr, LAZY: gl.constexpr):
+def _softmax_step(x, s, m, limit, first, start_n, MASKED: gl.constexpr, LAZY: gl.constexpr):
     """(P, the factor for everything accumulated so far, the new reference m); s is (ROWS, BLOCK_N), m in units of log 2.
 
     m is the row's maximum, or with LAZY a former maximum that is at most 8 too small: P is then at most 2^8, and as l and acc
     use the same m, the result is the same.
     """
+    if x.HAS_SOFTCAP:
+        s = tanh(s, x.cap_scale)
     if MASKED:
-        s = _mask_scores(s, limit, start_n)
+        s = _mask_scores(x, s, limit, first, start_n)
     m_new = gl.maximum(m, gl.max(s, 1) * x.scale_log2)
     if LAZY:
         m_new = gl.where(m_new - m > 8.0, m_new, m)
@@ -314,8 +363,8 @@ def _unpack_p(packed, dtype: gl.constexpr, layout: gl.constexpr):
 # Producer: one warp
 #
 # Keys are taken from the last visible block to the first. A tile with n key blocks takes n + 1 steps of the ring: step 0
-# brings K(n-1), step i brings K(n-1-i) and V(n-i), step n brings V(0). That is what a consumer needs together, so a slot has
-# one "full" and one "empty" barrier for both.
+# brings K(n-1), step i brings K(n-1-i) and V(n-i), step n brings V(0), all counted from the first visible block. That is what
+# a consumer needs together, so a slot has one "full" and one "empty" barrier for both.
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +400,7 @@ def _producer(x):
         block_m, b, h = _tile_place(x, tile)
         _publish_tile(x, n, block_m, b, h)
         h_kv = h // x.heads_per_kv
-        end, _ = _key_blocks(x, block_m * BLOCK_M, BLOCK_M)
+        begin, _, _, end = _key_blocks(x, block_m * BLOCK_M, BLOCK_M)
 
         # An empty-barrier is awaited with the opposite phase, so that the first use passes at once.
         slot = step % x.STAGES
@@ -365,7 +414,7 @@ def _producer(x):
             mbarrier.expect(x.q_full.index(c), ROWS * x.HEAD_DIM * 2)
             start_m = block_m * BLOCK_M + c * ROWS
             load(x, x.q_desc, b, h, start_m, x.q_full.index(c), x.q.index(c), x.q_tail.index(c))
-        for i in range(1, end):
+        for i in range(1, end - begin):
             start_n = (end - 1 - i) * x.BLOCK_N
             slot = step % x.STAGES
             mbarrier.wait(x.empty.index(slot), ((step // x.STAGES) & 1) ^ 1)
@@ -377,7 +426,7 @@ def _producer(x):
         slot = step % x.STAGES
         mbarrier.wait(x.empty.index(slot), ((step // x.STAGES) & 1) ^ 1)
         mbarrier.expect(x.full.index(slot), KV_BYTES)
-        load(x, x.v_desc, b, h_kv, 0, x.full.index(slot), x.v.index(slot), x.v_tail.index(slot))
+        load(x, x.v_desc, b, h_kv, begin * x.BLOCK_N, x.full.index(slot), x.v.index(slot), x.v_tail.index(slot))
         step += 1
 
         # The next tile. Program p began with tile p, so exactly `tiles` tickets are drawn in a launch: whoever draws the last
@@ -432,7 +481,7 @@ def _wait_for_pv(x, acc, tail):
 
 @gluon.jit
 def _consumer_step(
-    x, acc, tail, l, m, p_packed, step, zero, limit, start_n, CONSUMER: gl.constexpr, MASKED: gl.constexpr
+    x, acc, tail, l, m, p_packed, step, zero, limit, first, start_n, CONSUMER: gl.constexpr, MASKED: gl.constexpr
 ):
     """S = Q K(i)^T and right behind it O += P V of the step before; then the softmax of S."""
     slot = step % x.STAGES
@@ -445,7 +494,7 @@ def _consumer_step(
         _hand_over_turn(CONSUMER, x.CONSUMERS)
 
     s = warpgroup_mma_wait(2 if x.TAIL else 1, [s_token])  # S is ready, PV may still run
-    p, alpha, m = _softmax_step(x, s, m, limit, start_n, MASKED, x.LAZY)
+    p, alpha, m = _softmax_step(x, s, m, limit, first, start_n, MASKED, x.LAZY)
     row_sum = _partial_row_sum(p)
     l = l * gl.convert_layout(alpha, gl.SliceLayout(1, row_sum.type.layout))[:, None] + row_sum
     acc, tail = _wait_for_pv(x, acc, tail)
@@ -471,11 +520,12 @@ def _consumer(x, CONSUMER: gl.constexpr):
     )
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     acc_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
-    FIRST_MASKED: gl.constexpr = x.IS_CAUSAL or not x.EVEN_N
+    FIRST_MASKED: gl.constexpr = x.HAS_LAST or not x.EVEN_N
     zero = gl.full([ROWS, x.BLOCK_N], 0.0, gl.float32, s_layout)
     out = x.out.index(CONSUMER)
     out_tail = x.out_tail.index(CONSUMER)
 
+    gl.assume(x.Sq > 0)  # else its sign takes a register
     n = 0
     step = 0
     if x.PING_PONG and CONSUMER == x.CONSUMERS - 1:
@@ -485,12 +535,17 @@ def _consumer(x, CONSUMER: gl.constexpr):
         start_m = block_m * BLOCK_M + CONSUMER * ROWS
         offs_m = start_m + gl.arange(0, ROWS, layout=s_row)
         limit = gl.full([ROWS], 0, gl.int32, s_row) + x.Skv  # first invisible key of each row
-        if x.IS_CAUSAL:
-            limit = gl.minimum(limit, offs_m + (x.Skv - x.Sq) + 1)
-        end, full_blocks = _key_blocks(x, start_m, ROWS)
-        if x.IS_CAUSAL:
+        if x.HAS_LAST:
+            limit = gl.minimum(limit, gl.maximum(offs_m + x.last, -1) + 1)
+        first = limit
+        if x.HAS_FIRST:
+            first = offs_m + x.first
+        if x.HAS_SINKS:
+            sink = gl.load(x.sinks_ptr + h).to(gl.float32) * 1.4426950408889634
+        begin, full_begin, full_end, end = _key_blocks(x, start_m, ROWS)
+        if x.HAS_LAST:
             # Key blocks that only later rows of the tile see: free them, and take no part.
-            tile_end, _ = _key_blocks(x, block_m * BLOCK_M, BLOCK_M)
+            tile_begin, _, _, tile_end = _key_blocks(x, block_m * BLOCK_M, BLOCK_M)
             for _ in range(tile_end - end):
                 slot = step % x.STAGES
                 mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
@@ -512,7 +567,7 @@ def _consumer(x, CONSUMER: gl.constexpr):
         s = warpgroup_mma_wait(0, [s_token])
         mbarrier.arrive(x.empty.index(slot))
         m = gl.full([ROWS], -float("inf"), gl.float32, s_row)  # running maximum of each row, units of log 2
-        p, _, m = _softmax_step(x, s, m, limit, (end - 1) * x.BLOCK_N, FIRST_MASKED, False)
+        p, _, m = _softmax_step(x, s, m, limit, first, (end - 1) * x.BLOCK_N, FIRST_MASKED, False)
         l = _partial_row_sum(p)  # running sum of each row
         p_packed = _pack_p(p, dtype)
         acc = gl.full([ROWS, x.q.shape[2]], 0.0, gl.float32, acc_layout)
@@ -522,21 +577,28 @@ def _consumer(x, CONSUMER: gl.constexpr):
             tail = 0
         step += 1
 
-        # The other blocks that need a mask, then those that do not.
-        if x.IS_CAUSAL:
-            for i in range(end - 1 - full_blocks):
+        # The other blocks that need a mask, then those that do not, then in a window those on its other edge.
+        if x.HAS_LAST:
+            for i in range(end - 1 - full_end):
                 start_n = (end - 2 - i) * x.BLOCK_N
                 acc, tail, l, m, p_packed = _consumer_step(
-                    x, acc, tail, l, m, p_packed, step, zero, limit, start_n, CONSUMER, True
+                    x, acc, tail, l, m, p_packed, step, zero, limit, first, start_n, CONSUMER, True
                 )
                 step += 1
         else:
-            full_blocks = end - 1
-        for _ in range(full_blocks):
+            full_end = end - 1
+        for _ in range(full_end - full_begin):
             acc, tail, l, m, p_packed = _consumer_step(
-                x, acc, tail, l, m, p_packed, step, zero, limit, 0, CONSUMER, False
+                x, acc, tail, l, m, p_packed, step, zero, limit, first, 0, CONSUMER, False
             )
             step += 1
+        if x.HAS_FIRST:
+            for i in range(full_begin - begin):
+                start_n = (full_begin - 1 - i) * x.BLOCK_N
+                acc, tail, l, m, p_packed = _consumer_step(
+                    x, acc, tail, l, m, p_packed, step, zero, limit, first, start_n, CONSUMER, True
+                )
+                step += 1
         if not x.OUT_IN_Q:
             mbarrier.arrive(x.q_empty.index(CONSUMER))  # the next tile's Q may come
 
@@ -545,13 +607,31 @@ def _consumer(x, CONSUMER: gl.constexpr):
         mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
         acc, tail = _issue_pv(x, slot, p_packed, acc, tail)
         row_sum = gl.convert_layout(gl.sum(l, 1), s_row)
-        inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
+        if x.HAS_SINKS:  # one more key, without a value
+            m_new = gl.maximum(m, sink)
+            shift = gl.where(m_new == -float("inf"), 0.0, m_new)
+            own = gl.exp2(m - shift)
+            row_sum = row_sum * own + gl.exp2(sink - shift)
+            inverse = gl.where(row_sum > 0.0, own / row_sum, 0.0)
+            m = m_new
+        else:
+            inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
         if x.SAVE_LSE:
             lse = (m + gl.log2(row_sum)) * 0.6931471805599453
             gl.store(x.lse_ptr + (b * x.H + h).to(gl.int64) * x.Sq + offs_m, lse, mask=offs_m < x.Sq)
         acc, tail = _wait_for_pv(x, acc, tail)
         mbarrier.arrive(x.empty.index(slot))
         step += 1
+        if x.HAS_FIRST:
+            # Key blocks that only earlier rows of the tile see. The turn comes first: others need not wait for this one's ring.
+            for _ in range(begin - tile_begin):
+                slot = step % x.STAGES
+                if x.PING_PONG:
+                    _wait_for_turn(CONSUMER)
+                    _hand_over_turn(CONSUMER, x.CONSUMERS)
+                mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
+                mbarrier.arrive(x.empty.index(slot))
+                step += 1
 
         # O goes out by TMA, which drops rows past Sq. Its reads are awaited only when the buffer is needed again, so the
         # store runs under the next tile.
@@ -585,13 +665,28 @@ def _consumer(x, CONSUMER: gl.constexpr):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@gluon.jit(do_not_specialize=["scale_log2", "Sq", "Skv", "num_blocks", "H", "heads_per_kv", "BH", "section"])
+@gluon.jit(
+    do_not_specialize=[
+        "scale_log2",
+        "cap_scale",
+        "Sq",
+        "Skv",
+        "first",
+        "last",
+        "num_blocks",
+        "H",
+        "heads_per_kv",
+        "BH",
+        "section",
+    ]
+)
 def _flash_attn_fwd_hopper_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, counter_ptr,
-    scale_log2, Sq, Skv, num_blocks, H, heads_per_kv, BH, section,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, counter_ptr, sinks_ptr,
+    scale_log2, cap_scale, Sq, Skv, first, last, num_blocks, H, heads_per_kv, BH, section,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     OUT_IN_Q: gl.constexpr, PING_PONG: gl.constexpr, LAZY: gl.constexpr, REGISTERS: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SAVE_LSE: gl.constexpr,
+    HAS_LAST: gl.constexpr, HAS_FIRST: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
+    EVEN_N: gl.constexpr, SAVE_LSE: gl.constexpr,
 ):  # fmt: skip
     """Persistent: at most one program on an SM. Launched with num_warps=4, the first consumer's."""
     dtype: gl.constexpr = q_desc.dtype
@@ -633,11 +728,12 @@ def _flash_attn_fwd_hopper_kernel(
     fence_async_shared()
 
     x = _Forward(
-        (q_desc, k_desc, v_desc, out_desc, lse_ptr, counter_ptr),
-        (scale_log2, Sq, Skv, num_blocks, H, heads_per_kv, BH, section),
+        (q_desc, k_desc, v_desc, out_desc, lse_ptr, counter_ptr, sinks_ptr),
+        (scale_log2, cap_scale, Sq, Skv, first, last, num_blocks, H, heads_per_kv, BH, section),
         (q, k, v, out, q_tail, k_tail, v_tail, out_tail, tile),
         (q_full, q_empty, full, empty, tile_full, tile_empty),
-        (CONSUMERS, BLOCK_N, HEAD_DIM, STAGES, OUT_IN_Q, PING_PONG, LAZY, IS_CAUSAL, EVEN_N, SAVE_LSE),
+        (CONSUMERS, BLOCK_N, HEAD_DIM, STAGES, OUT_IN_Q, PING_PONG, LAZY),
+        (HAS_LAST, HAS_FIRST, HAS_SOFTCAP, HAS_SINKS, EVEN_N, SAVE_LSE),
     )
     # The first entry runs on the launch's own 4 warps, the others on 4, (4) and 1 more.
     if CONSUMERS == 2:
@@ -684,9 +780,12 @@ def forward(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     scale: float,
-    causal: bool,
+    left: int,
+    right: int,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
-    """Write out and, unless it is None, lse.
+    """Write out and, unless it is None, lse. left, right: as those of triton_kernels.Options.
 
     float16 or bfloat16, a head size of at most 256 that is a multiple of 8, scale > 0. Inputs that TMA cannot take (a last
     stride other than 1, expanded, rows or a base that are not aligned to 16 bytes) are copied.
@@ -695,19 +794,22 @@ def forward(
         raise NotInlinable(_flash_attn_fwd_hopper_kernel.__name__)
     if q.shape[:3].numel() == 0:
         return
+    if sinks is not None:
+        sinks = sinks.contiguous()
     key = (
         *(q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride()),
-        *(aligned(q), aligned(k), aligned(v), q.dtype, q.device, scale, causal, lse is None),
+        *(aligned(q), aligned(k), aligned(v), q.dtype, q.device, scale, left, right, lse is None),
+        *(softcap, None if sinks is None else sinks.dtype),
     )
     plan = _plans.find(key)
     if plan is None:
         copies = describable(q), describable(k), describable(v)
-        plan = _plan(*copies, out, lse, _tile_counter(q), scale, causal)
+        plan = _plan(*copies, out, lse, _tile_counter(q), sinks, scale, left, right, softcap)
         if all(x is y for x, y in zip(copies, (q, k, v), strict=True)):  # else they are to be made at every call
             _plans.keep(key, plan)
         q, k, v = copies
-    # out once more is a pointer that nobody follows, where there is nothing to save
-    plan(q, k, v, out, out if lse is None else lse, _tile_counter(q))
+    # out once more is a pointer that nobody follows, where there is nothing to save, and where there are no sinks
+    plan(q, k, v, out, out if lse is None else lse, _tile_counter(q), out if sinks is None else sinks)
 
 
 _plans = Plans()
@@ -720,8 +822,11 @@ def _plan(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     counter: torch.Tensor,
+    sinks: torch.Tensor | None,
     scale: float,
-    causal: bool,
+    left: int,
+    right: int,
+    softcap: float,
 ) -> Prepared:
     B, H, Sq, D = q.shape
     Hkv, Skv = k.shape[1], k.shape[2]
@@ -732,6 +837,8 @@ def _plan(
     num_blocks = cdiv(Sq, ROWS.value * config["CONSUMERS"])
     # as many key heads at a time as fit, each with all its query heads
     section = min(B * H, group * max(1, _L2_BYTES // (2 * Skv * D * k.element_size())))
+    first, last = reach(Sq, Skv, left, right)
+    log2e = math.log2(math.e)
     return Prepared(
         _flash_attn_fwd_hopper_kernel,
         (min(sm_count(q.device), num_blocks * B * H),),
@@ -741,14 +848,31 @@ def _plan(
         boxes(out, ROWS.value, box),
         out if lse is None else lse,
         counter,
-        *(scale * math.log2(math.e), Sq, Skv, num_blocks, H, group, B * H, section),
+        out if sinks is None else sinks,
+        (softcap or scale) * log2e,
+        2 * log2e * scale / softcap if softcap else 0.0,
+        *(Sq, Skv, first, last, num_blocks, H, group, B * H, section),
         num_warps=4,
         HEAD_DIM=head_dim,
-        IS_CAUSAL=causal,
-        EVEN_N=not causal and Skv % block_n == 0,
+        HAS_LAST=left >= 0 or right >= 0,
+        HAS_FIRST=is_window(left, right),
+        HAS_SOFTCAP=softcap > 0,
+        HAS_SINKS=sinks is not None,
+        EVEN_N=left < 0 and right < 0 and Skv % block_n == 0,
         SAVE_LSE=lse is not None,
         **config,
     )
+
+
+def is_window(left: int, right: int) -> bool:
+    """Neither full nor causal: the kernels' third mask, with a bound on both sides. A side without one gets one that hides
+    nothing."""
+    return left >= 0 or right > 0
+
+
+def reach(Sq: int, Skv: int, left: int, right: int) -> tuple[int, int]:
+    """Query i sees the keys from i + first to i + last: (first, last)."""
+    return Skv - Sq - (left if left >= 0 else Skv), Skv - Sq + (right if right >= 0 else Sq)
 
 
 def describable(x: torch.Tensor) -> torch.Tensor:

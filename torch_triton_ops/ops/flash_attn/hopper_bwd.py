@@ -45,12 +45,13 @@ from triton.language.core import _aggregate as aggregate
 
 from torch_triton_ops.launch import NotInlinable, Plans, Prepared, aligned, cdiv, descriptor
 
-from .hopper import TILE, boxes, describable
-from .triton_kernels import _load_rows
+from .hopper import TILE, boxes, describable, is_window, reach, tanh
+from .triton_kernels import _load_rows, sum_over_queries
 
 HALF_N = gl.constexpr(64)  # keys of a consumer
 BLOCK_N = gl.constexpr(128)  # keys of a program
 STAGES = gl.constexpr(2)  # depth of the Q / dO ring; 3 is slower
+FULL, CAUSAL, WINDOW = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # which queries see a key: all, no earlier ones, a band
 
 
 @builtin
@@ -81,9 +82,11 @@ class _Backward:
     dv_desc: tma.tensor_descriptor  # as v
     # the problem
     scale: gl.tensor
-    scale_log2: gl.tensor  # scale * log2(e), so that exp becomes exp2
+    scale_log2: gl.tensor  # log2(e) times the scale, or with softcap times that: so that exp becomes exp2
+    cap_scale: gl.tensor  # softcap: 2 * log2(e) * scale / softcap
     Skv: gl.tensor
-    first_place: gl.tensor  # Skv - Sq, the place of query 0 among the keys
+    first_key: gl.tensor  # query i sees the keys from i + first_key (windows)
+    last_key: gl.tensor  # to i + last_key (causal, windows)
     query_blocks: gl.tensor
     key_blocks: gl.tensor
     H: gl.tensor  # key heads
@@ -97,9 +100,7 @@ class _Backward:
     rows: gl.shared_memory_descriptor  # (STAGES, 2, BLOCK_M)
     ds: gl.shared_memory_descriptor  # (2 * 2, HALF_N, BLOCK_M): dS^T, two slots of two halves
     dq: gl.shared_memory_descriptor  # (2, BLOCK_M, HEAD_DIM / 2) float32: one half for each consumer, on its way out
-    steps: (
-        gl.shared_memory_descriptor
-    )  # (8, 1) int32, causal: for four steps, dQ's row and the first query's place - first key
+    steps: gl.shared_memory_descriptor  # (16, 1) int32: for four steps, dQ's row and for each consumer its edge (`hide`)
     # barriers
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
@@ -115,21 +116,22 @@ class _Backward:
     BLOCK_M: gl.constexpr  # queries of a step
     BLOCK_N: gl.constexpr  # keys of a program
     SECTION: gl.constexpr  # heads that run side by side
-    IS_CAUSAL: gl.constexpr
-    FIRST_IS_UNSEEN: gl.constexpr  # causal, and the first step's queries see no key of the second consumer
-    EVEN_N: gl.constexpr  # not causal, and no key block is partly empty
+    MASK: gl.constexpr  # FULL, CAUSAL or WINDOW
+    HAS_SOFTCAP: gl.constexpr
+    FIRST_IS_UNSEEN: gl.constexpr  # the first step's queries see no key of the second consumer
+    EVEN_N: gl.constexpr  # FULL, and no key block is partly empty
 
     @gluon.constexpr_function
     def __init__(self, tensors, problem, buffers, barriers, constants):
         self.q_desc, self.k_desc, self.v_desc, self.dout_desc = tensors[:4]
         self.rows_desc, self.dq_desc, self.dk_desc, self.dv_desc = tensors[4:]
-        self.scale, self.scale_log2, self.Skv, self.first_place = problem[:4]
-        self.query_blocks, self.key_blocks, self.H, self.BH, self.heads_per_kv = problem[4:]
+        self.scale, self.scale_log2, self.cap_scale, self.Skv, self.first_key, self.last_key = problem[:6]
+        self.query_blocks, self.key_blocks, self.H, self.BH, self.heads_per_kv = problem[6:]
         self.k, self.v, self.q, self.dout, self.rows, self.ds, self.dq, self.steps = buffers
         self.k_full, self.v_full, self.q_full, self.dout_full, self.empty, self.ds_full, self.ds_empty = barriers[:7]
         self.out_full, self.out_empty = barriers[7:]
         self.HEAD_DIM, self.BLOCK_M, self.BLOCK_N, self.SECTION = map(gl.constexpr, constants[:4])
-        self.IS_CAUSAL, self.FIRST_IS_UNSEEN, self.EVEN_N = map(gl.constexpr, constants[4:])
+        self.MASK, self.HAS_SOFTCAP, self.FIRST_IS_UNSEEN, self.EVEN_N = map(gl.constexpr, constants[4:])
 
 
 @gluon.jit
@@ -146,9 +148,13 @@ def place(x):
     start_n = rest // size * x.BLOCK_N
     bh = section * x.SECTION + rest % size
     first = 0
-    if x.IS_CAUSAL:  # earlier queries see none of these keys; but every program takes two steps at least
-        first = gl.minimum(gl.maximum(start_n - x.first_place, 0) // x.BLOCK_M, x.query_blocks - 2)
-    return bh // x.H, bh % x.H, start_n, first, x.query_blocks - first
+    end = x.query_blocks
+    if x.MASK != FULL:  # earlier queries see none of these keys; but every program takes two steps at least
+        first = gl.minimum(gl.maximum(start_n - x.last_key, 0) // x.BLOCK_M, x.query_blocks - 2)
+    if x.MASK == WINDOW:  # nor do later ones
+        seen = gl.maximum(start_n + x.BLOCK_N - x.first_key, 0)  # queries up to this one
+        end = gl.minimum(gl.maximum((seen + x.BLOCK_M - 1) // x.BLOCK_M, first + 2), end)
+    return bh // x.H, bh % x.H, start_n, first, end - first
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -173,9 +179,10 @@ def _producer(x):
             start_m = (first + i) * x.BLOCK_M
             # One barrier frees Q and dO together; the first STAGES waits (of the opposite phase) pass at once.
             mbarrier.wait(x.empty.index(slot), ((t // STAGES) & 1) ^ 1)
-            write(x.steps, t % 4 * 2, row + start_m)
-            if x.IS_CAUSAL:
-                write(x.steps, t % 4 * 2 + 1, start_m + x.first_place - start_n)
+            write(x.steps, t % 4 * 4, row + start_m)
+            if x.MASK != FULL:
+                for c in gl.static_range(2):
+                    write(x.steps, t % 4 * 4 + 1 + c, edge_of(x, start_m, start_n + c * HALF_N))
             mbarrier.expect(x.q_full.index(slot), x.BLOCK_M * x.HEAD_DIM * 2 + 2 * x.BLOCK_M * 4)
             tma.async_copy_global_to_shared(x.q_desc, [b, hq, start_m, 0], x.q_full.index(slot), x.q.index(slot))
             tma.async_copy_global_to_shared(x.rows_desc, [0, row + start_m], x.q_full.index(slot), x.rows.index(slot))
@@ -242,22 +249,55 @@ def _add_dq(x, row, dq, WG: gl.constexpr):
     _tma_reduce_add(x.dq_desc, [row, 0], blob)
 
 
+@gluon.jit
+def edge_of(x, start_m, start_n):
+    """The edge, in the sense of `hide`, between the queries from start_m and the 64 keys from start_n. By the producer, whose time
+    is free."""
+    last = start_m + x.last_key - start_n
+    if x.MASK == WINDOW:
+        last = gl.minimum(gl.maximum(last, -x.BLOCK_M), 63)
+        first = gl.minimum(gl.maximum(start_m + x.first_key - start_n, 1 - x.BLOCK_M), 64)
+        keys = gl.minimum(gl.maximum(x.Skv - start_n, 0), 64)
+        return (last & 255) | ((first & 255) << 8) | (keys << 16)
+    else:
+        return last
+
+
 @gluon.constexpr_function
-def _hide_asm(causal, registers):
+def _hide_asm(mask, registers, queries):
     """Of an accumulator of 64 rows a thread holds, in this order, for each j: columns 8 j + 2 (lane % 4) + (0, 1) of row
     16 warp + lane / 4, then the same of the row 8 further down. Operand 2 * registers is the edge. The indices are computed
     here because the compiler would keep them in registers across the loop, which has none to spare."""
+    edge = f"${2 * registers}"
     rows = "mov.u32 lane, %tid.x; bfe.u32 row, lane, 5, 2; bfe.u32 part, lane, 2, 3; mad.lo.s32 row, row, 16, part; "
-    if causal:  # column + edge >= row, that is 8 j + e >= row - edge - 2 (lane % 4)
-        bound = f"sub.s32 row, row, ${2 * registers}; and.b32 part, lane, 3; shl.b32 part, part, 1; sub.s32 row, row, part; "
-        test = [f"setp.le.s32 p, {'low' if i & 2 else 'row'}, {i // 4 * 8 + i % 2};" for i in range(registers)]
+    columns = "and.b32 part, lane, 3; shl.b32 part, part, 1; "
+    # seen: predicate p of register i, whose row is row or low, and whose column is `column` + 2 (lane % 4)
+    row, column = ["low" if i & 2 else "row" for i in range(registers)], [i // 4 * 8 + i % 2 for i in range(registers)]
+    if mask == 1:  # column + edge >= row, that is 8 j + e >= row - edge - 2 (lane % 4)
+        nothing = f"setp.ge.s32 p, {edge}, 63; "
+        bound = f"sub.s32 row, row, {edge}; {columns}sub.s32 row, row, part; add.s32 low, row, 8; "
+        test = [f"setp.le.s32 p, {row[i]}, {column[i]};" for i in range(registers)]
+    elif mask == 2:  # and column + first <= row, and row < keys
+        nothing = f"setp.eq.s32 p, {edge}, {63 | (1 - queries & 255) << 8 | 64 << 16}; "
+        bound = (
+            f"{columns}sub.s32 part, row, part; "
+            f"bfe.s32 row_end, {edge}, 8, 8; sub.s32 row_end, part, row_end; add.s32 low_end, row_end, 8; "
+            f"bfe.u32 lane, {edge}, 16, 8; setp.lt.s32 p, row, lane; selp.s32 row_end, row_end, -1000, p; "
+            "add.s32 row, row, 8; setp.lt.s32 p, row, lane; selp.s32 low_end, low_end, -1000, p; "
+            f"bfe.s32 row, {edge}, 0, 8; sub.s32 row, part, row; add.s32 low, row, 8; "
+        )
+        test = [
+            f"setp.le.s32 p, {row[i]}, {column[i]}; setp.ge.and.s32 p, {row[i]}_end, {column[i]}, p;"
+            for i in range(registers)
+        ]
     else:  # row < edge
-        bound = ""
-        test = [f"setp.lt.s32 p, {'low' if i & 2 else 'row'}, ${2 * registers};" for i in range(registers)]
+        nothing = f"setp.ge.s32 p, {edge}, 64; "
+        bound = "add.s32 low, row, 8; "
+        test = [f"setp.lt.s32 p, {row[i]}, {edge};" for i in range(registers)]
     select = " ".join(f"{test[i]} selp.f32 ${i}, ${i}, 0f00000000, p;" for i in range(registers))
     return (
-        f"{{ .reg .pred p; .reg .s32 row, low, part; .reg .u32 lane; setp.ge.s32 p, ${2 * registers}, {63 if causal else 64}; "
-        f"@p bra DONE; {rows}{bound}add.s32 low, row, 8; {select} DONE: }}"
+        "{ .reg .pred p; .reg .s32 row, low, part, row_end, low_end; .reg .u32 lane; "
+        f"{nothing}@p bra DONE; {rows}{bound}{select} DONE: }}"
     )
 
 
@@ -267,11 +307,16 @@ def _hide_constraints(registers):
 
 
 @gluon.jit
-def hide(p, edge, CAUSAL: gl.constexpr):
-    """P^T (64 keys, queries) with 0 where query + edge < key (CAUSAL), else where key >= edge. Jumps over it all where
-    nothing is to be hidden, as in most steps."""
+def hide(p, edge, MASK: gl.constexpr):
+    """P^T (64 keys, queries), 0 where a query does not see a key. Jumps over it all where nothing is to be hidden, as in most
+    steps. In numbers of query and key within P^T, what is seen is
+
+    FULL: key < edge; CAUSAL: key <= query + edge;
+    WINDOW: query + first <= key <= query + last and key < keys, where edge holds last, first and keys in its three low bytes,
+    cut to what still makes a difference.
+    """
     registers: gl.constexpr = p.shape[0] * p.shape[1] // 128
-    asm: gl.constexpr = _hide_asm(CAUSAL, registers)
+    asm: gl.constexpr = _hide_asm(MASK, registers, p.shape[1])
     constraints: gl.constexpr = _hide_constraints(registers)
     edge = gl.full([p.shape[0], p.shape[1]], 0, gl.int32, p.type.layout) + edge
     return gl.inline_asm_elementwise(asm, constraints, [p, edge], dtype=gl.float32, is_pure=True, pack=registers)
@@ -295,8 +340,8 @@ def write(ints, i, value):
 def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
     """One block of queries: S^T, dP^T, P^T, dS^T; then dQ(t - 1) to dq_row, and dV, dK += this block's share.
 
-    edge, if MASKED: the first query's place among the keys minus the first key (causal), or the first key. Everything issued is
-    awaited within the step: ptxas serialised every variant with products in flight across the back edge of the loop.
+    tail: this consumer's keys before Skv. Everything issued is awaited within the step: ptxas serialised every variant with
+    products in flight across the back edge of the loop.
     """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, x.BLOCK_M, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, x.HEAD_DIM, 16])
@@ -315,20 +360,25 @@ def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
     dp_token = warpgroup_mma(x.v.index(WG), x.dout.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
 
     edge = tail
-    if x.IS_CAUSAL:
-        edge = read(x.steps, t % 4 * 2 + 1) - WG * HALF_N  # now, under the products
+    if x.MASK != FULL:
+        edge = read(x.steps, t % 4 * 4 + 1 + WG)  # now, under the products
     s = warpgroup_mma_wait(1, [s_token])
     lse = rows.index(slot * 2).load(query_column)
+    if x.HAS_SOFTCAP:
+        s = tanh(s, x.cap_scale)
     p = gl.exp2(s * x.scale_log2 - lse[None, :])
-    if x.IS_CAUSAL:
-        p = hide(p, edge, True)
-    elif not x.EVEN_N:
-        p = hide(p, edge, False)
+    if not x.EVEN_N:
+        p = hide(p, edge, x.MASK)
+
+    if x.HAS_SOFTCAP:  # its derivative goes to dS^T alone
+        p_operand = gl.convert_layout(p.to(dtype), p_layout)
+        p = p * (1.0 - s * s)
 
     dp = warpgroup_mma_wait(0, [dp_token])
     delta = rows.index(slot * 2 + 1).load(query_column)
     ds = (p * (dp - delta[None, :])).to(dtype)
-    p_operand = gl.convert_layout(p.to(dtype), p_layout)
+    if not x.HAS_SOFTCAP:
+        p_operand = gl.convert_layout(p.to(dtype), p_layout)
     if x.HEAD_DIM == 64:  # with 128 columns there are no registers to keep dS^T in: dK reads what dQ reads
         ds_operand = gl.convert_layout(ds, p_layout)
 
@@ -349,7 +399,7 @@ def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
     if HAS_PREVIOUS:
         dq = warpgroup_mma_wait(2, [dq_token])  # dV and dK go on
         mbarrier.arrive(x.ds_empty.index((t - 1) % 2))
-        _add_dq(x, read(x.steps, (t - 1) % 4 * 2), dq, WG)
+        _add_dq(x, read(x.steps, (t - 1) % 4 * 4), dq, WG)
     dv, dk = warpgroup_mma_wait(0, [dv_token, dk_token])
     mbarrier.arrive(x.empty.index(slot))
     return dk, dv
@@ -393,7 +443,7 @@ def _consumer(x, WG: gl.constexpr):
     fence_async_shared()
     mbarrier.arrive(x.out_full.index(WG))
     dq = warpgroup_mma_wait(0, [dq_token])
-    _add_dq(x, read(x.steps, t % 4 * 2), dq, WG)
+    _add_dq(x, read(x.steps, t % 4 * 4), dq, WG)
     mbarrier.wait(x.out_empty.index(WG), 0)
     out.store((dk * x.scale).to(dtype))
     fence_async_shared()
@@ -410,8 +460,10 @@ def _consumer(x, WG: gl.constexpr):
     do_not_specialize=[
         "scale",
         "scale_log2",
+        "cap_scale",
         "Skv",
-        "first_place",
+        "first_key",
+        "last_key",
         "query_blocks",
         "key_blocks",
         "H",
@@ -421,9 +473,9 @@ def _consumer(x, WG: gl.constexpr):
 )
 def _flash_attn_bwd_hopper_kernel(
     q_desc, k_desc, v_desc, dout_desc, rows_desc, dq_desc, dk_desc, dv_desc,
-    scale, scale_log2, Skv, first_place, query_blocks, key_blocks, H, BH, heads_per_kv,
+    scale, scale_log2, cap_scale, Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv,
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, SECTION: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, FIRST_IS_UNSEEN: gl.constexpr, EVEN_N: gl.constexpr,
+    MASK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, FIRST_IS_UNSEEN: gl.constexpr, EVEN_N: gl.constexpr,
 ):  # fmt: skip
     """Launched with num_warps=4, the first consumer's. H, BH count key heads."""
     dtype: gl.constexpr = q_desc.dtype
@@ -441,7 +493,7 @@ def _flash_attn_bwd_hopper_kernel(
     )
     dq = gl.allocate_shared_memory(gl.float32, [2, 64, 64], dq_layout)
     rows = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], rows_desc.layout)
-    steps = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    steps = gl.allocate_shared_memory(gl.int32, [16, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     k_full = gl.allocate_shared_memory(gl.int64, [1], bar)
@@ -468,10 +520,10 @@ def _flash_attn_bwd_hopper_kernel(
 
     x = _Backward(
         (q_desc, k_desc, v_desc, dout_desc, rows_desc, dq_desc, dk_desc, dv_desc),
-        (scale, scale_log2, Skv, first_place, query_blocks, key_blocks, H, BH, heads_per_kv),
+        (scale, scale_log2, cap_scale, Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv),
         (k, v, q, dout, rows, ds, dq, steps),
         (k_full, v_full, q_full, dout_full, empty, ds_full, ds_empty, out_full, out_empty),
-        (HEAD_DIM, BLOCK_M, BLOCK_N, SECTION, IS_CAUSAL, FIRST_IS_UNSEEN, EVEN_N),
+        (HEAD_DIM, BLOCK_M, BLOCK_N, SECTION, MASK, HAS_SOFTCAP, FIRST_IS_UNSEEN, EVEN_N),
     )
     # The first entry runs on the launch's own 4 warps; then 4 and 1 more.
     gl.warp_specialize([(_consumer, (x, 0)), (_consumer, (x, 1)), (_producer, (x,))], [4, 1], [240, 24])
@@ -546,9 +598,13 @@ def backward(
     dk: torch.Tensor,
     dv: torch.Tensor,
     scale: float,
-    causal: bool,
+    left: int,
+    right: int,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    dsinks: torch.Tensor | None = None,
 ) -> None:
-    """Write dq, dk and dv.
+    """Write dq, dk, dv and, unless it is None, dsinks. left, right: as those of triton_kernels.Options.
 
     float16 or bfloat16, a head size of at most 128 that is a multiple of 8. What TMA cannot take is copied, as in the forward.
     Needs B * Hq * Sq * D * 4 bytes for the float32 sums of dq.
@@ -557,8 +613,9 @@ def backward(
         raise NotInlinable(_flash_attn_bwd_hopper_kernel.__name__)
     B, H, Sq, D = q.shape
     if B * H * Sq == 0:
-        for gradient in (dk, dv):
-            gradient.zero_()
+        for gradient in (dk, dv, dsinks):
+            if gradient is not None:
+                gradient.zero_()
         return
     head_dim = 64 if D <= 64 else 128 if D <= 128 else 256
     block_m = 128 if head_dim == 64 else 64  # queries of a step
@@ -569,12 +626,12 @@ def backward(
     dout, out, lse = _unit_last_stride(dout), _unit_last_stride(out), lse.contiguous()
     key = (
         *(q.shape, q.stride(), k.shape, k.stride(), v.stride(), dout.stride(), out.stride(), dq.stride()),
-        *(aligned(q), aligned(k), aligned(v), aligned(dout), q.dtype, q.device, scale, causal),
+        *(aligned(q), aligned(k), aligned(v), aligned(dout), q.dtype, q.device, scale, left, right, softcap),
     )
     plan = _plans.find(key)
     if plan is None:
         given, copies = (q, k, v, dout), tuple(map(describable, (q, k, v, dout)))
-        plan = _plan(*copies, out, lse, rows, sums, dq, dk, dv, scale, causal, head_dim, block_m, blocks)
+        plan = _plan(*copies, out, lse, rows, sums, dq, dk, dv, scale, left, right, softcap, head_dim, block_m, blocks)
         if all(x is y for x, y in zip(copies, given, strict=True)):  # else they are to be made at every call
             _plans.keep(key, plan)
         q, k, v, dout = copies
@@ -582,6 +639,8 @@ def backward(
     prepare(dout, out, lse, rows, sums)
     accumulate(q, k, v, dout, rows, sums, dk, dv)
     cast(sums, dq)
+    if sinks is not None and dsinks is not None:
+        sum_over_queries(dsinks, rows, None, sinks.contiguous(), None, B, H, Sq, blocks * block_m, queries)
 
 
 _plans = Plans()
@@ -600,7 +659,9 @@ def _plan(
     dk: torch.Tensor,
     dv: torch.Tensor,
     scale: float,
-    causal: bool,
+    left: int,
+    right: int,
+    softcap: float,
     head_dim: int,
     block_m: int,
     blocks: int,
@@ -628,13 +689,19 @@ def _plan(
         descriptor(rows, (2, block_m), _PLAIN),
     )
     gradients = descriptor(dk, (1, 1, 64, head_dim), TILE), descriptor(dv, (1, 1, 64, head_dim), TILE)
-    problem = scale, scale * math.log2(math.e), Skv, Skv - Sq, blocks, key_blocks, Hkv, B * Hkv, H // Hkv
+    first_key, last_key = reach(Sq, Skv, left, right)
+    mask = (WINDOW if is_window(left, right) else CAUSAL if right == 0 else FULL).value
+    masked = mask != FULL.value
+    log2e = math.log2(math.e)
+    factors = scale, (softcap or scale) * log2e, 2 * log2e * scale / softcap if softcap else 0.0
+    problem = *factors, Skv, first_key, last_key, blocks, key_blocks, Hkv, B * Hkv, H // Hkv
     grid = (B * Hkv * key_blocks,)
     shared: dict[str, Any] = {
         "num_warps": 4,
-        "SECTION": 4 if causal else 1,
-        "IS_CAUSAL": causal,
-        "EVEN_N": not causal and Skv % block_n == 0,
+        "SECTION": 4 if masked else 1,
+        "MASK": mask,
+        "HAS_SOFTCAP": softcap > 0,
+        "EVEN_N": not masked and Skv % block_n == 0,
     }
     if head_dim == 256:
         from .hopper_bwd_wide import _flash_attn_bwd_wide_kernel
@@ -651,7 +718,7 @@ def _plan(
             *problem,
             HEAD_DIM=head_dim,
             BLOCK_M=block_m,
-            FIRST_IS_UNSEEN=causal and Skv <= Sq and block_m == 64,
+            FIRST_IS_UNSEEN=masked and last_key <= 0 and block_m == 64,
             **shared,
         )
     parts = blocks * (block_m // 64)

@@ -32,7 +32,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from .hopper_bwd import hide, place, read, write
+from .hopper import tanh
+from .hopper_bwd import FULL, edge_of, hide, place, read, write
 
 TILE = gl.constexpr(64)  # queries of a step, keys of a program
 DIM = gl.constexpr(256)
@@ -55,9 +56,11 @@ class _Wide:
     dv_desc: tma.tensor_descriptor
     # the problem
     scale: gl.tensor
-    scale_log2: gl.tensor  # scale * log2(e), so that exp becomes exp2
+    scale_log2: gl.tensor  # log2(e) times the scale, or with softcap times that: so that exp becomes exp2
+    cap_scale: gl.tensor  # softcap: 2 * log2(e) * scale / softcap
     Skv: gl.tensor
-    first_place: gl.tensor  # Skv - Sq, the place of query 0 among the keys
+    first_key: gl.tensor  # query i sees the keys from i + first_key (windows)
+    last_key: gl.tensor  # to i + last_key (causal, windows)
     query_blocks: gl.tensor
     key_blocks: gl.tensor
     H: gl.tensor  # key heads
@@ -70,9 +73,9 @@ class _Wide:
     q: gl.shared_memory_descriptor  # (STAGES, TILE, DIM)
     dout: gl.shared_memory_descriptor  # (STAGES, TILE, DIM)
     rows: gl.shared_memory_descriptor  # (STAGES, 2, TILE)
-    p: gl.shared_memory_descriptor  # (TILE, TILE): P^T
+    p: gl.shared_memory_descriptor  # (TILE, TILE): P^T, with softcap times its derivative
     ds: gl.shared_memory_descriptor  # (2, TILE, TILE): dS^T
-    steps: gl.shared_memory_descriptor  # (8, 1) int32: for four steps, dQ's row and the first query's place - first key
+    steps: gl.shared_memory_descriptor  # (8, 1) int32: for four steps, dQ's row and the edge (`hide`)
     # barriers
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
@@ -85,19 +88,20 @@ class _Wide:
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
     SECTION: gl.constexpr  # heads that run side by side
-    IS_CAUSAL: gl.constexpr
-    EVEN_N: gl.constexpr  # not causal, and no key block is partly empty
+    MASK: gl.constexpr  # FULL, CAUSAL or WINDOW
+    HAS_SOFTCAP: gl.constexpr
+    EVEN_N: gl.constexpr  # FULL, and no key block is partly empty
 
     @gluon.constexpr_function
     def __init__(self, tensors, problem, buffers, barriers, constants):
         self.q_desc, self.k_desc, self.v_desc, self.dout_desc = tensors[:4]
         self.rows_desc, self.sums_ptr, self.dk_desc, self.dv_desc = tensors[4:]
-        self.scale, self.scale_log2, self.Skv, self.first_place = problem[:4]
-        self.query_blocks, self.key_blocks, self.H, self.BH, self.heads_per_kv, self.group_rows = problem[4:]
+        self.scale, self.scale_log2, self.cap_scale, self.Skv, self.first_key, self.last_key = problem[:6]
+        self.query_blocks, self.key_blocks, self.H, self.BH, self.heads_per_kv, self.group_rows = problem[6:]
         self.k, self.v, self.q, self.dout, self.rows, self.p, self.ds, self.steps = buffers
         self.k_full, self.v_full, self.q_full, self.dout_full, self.empty, self.p_full, self.ds_full = barriers
         self.BLOCK_M, self.BLOCK_N = gl.constexpr(64), gl.constexpr(64)
-        self.SECTION, self.IS_CAUSAL, self.EVEN_N = map(gl.constexpr, constants)
+        self.SECTION, self.MASK, self.HAS_SOFTCAP, self.EVEN_N = map(gl.constexpr, constants)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -107,7 +111,7 @@ class _Wide:
 
 @gluon.jit
 def _producer(x):
-    b, h, start_n, first, _ = place(x)
+    b, h, start_n, first, steps = place(x)
     BYTES: gl.constexpr = TILE * DIM * 2
     mbarrier.expect(x.k_full, BYTES)
     tma.async_copy_global_to_shared(x.k_desc, [b, h, start_n, 0], x.k_full, x.k.index(0))
@@ -116,13 +120,13 @@ def _producer(x):
     t = 0
     row = (b * x.H + h) * x.group_rows  # of the head's first query, among those of all heads
     for hq in range(h * x.heads_per_kv, (h + 1) * x.heads_per_kv):
-        for start_m in range(first * TILE, x.query_blocks * TILE, TILE):
+        for start_m in range(first * TILE, (first + steps) * TILE, TILE):
             slot = t & 1
             # One barrier frees Q and dO together; the first STAGES waits (of the opposite phase) pass at once.
             mbarrier.wait(x.empty.index(slot), ((t >> 1) & 1) ^ 1)
             write(x.steps, (t & 3) * 2, row + start_m)
-            if x.IS_CAUSAL:
-                write(x.steps, (t & 3) * 2 + 1, start_m + (x.first_place - start_n))
+            if x.MASK != FULL:
+                write(x.steps, (t & 3) * 2 + 1, edge_of(x, start_m, start_n))
             mbarrier.expect(x.q_full.index(slot), BYTES + 2 * TILE * 4)
             tma.async_copy_global_to_shared(x.q_desc, [b, hq, start_m, 0], x.q_full.index(slot), x.q.index(slot))
             tma.async_copy_global_to_shared(x.rows_desc, [0, row + start_m], x.q_full.index(slot), x.rows.index(slot))
@@ -228,22 +232,23 @@ def _dv_step(x, t, tail, dv, HAS_PREVIOUS: gl.constexpr):
     mbarrier.wait(x.q_full.index(slot), phase)
     s_token = warpgroup_mma(_opaque(x.k, t), x.q.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
     edge = tail
-    if x.IS_CAUSAL:
+    if x.MASK != FULL:
         edge = read(x.steps, (t & 3) * 2 + 1)  # now, under the product
     lse = _load_row(x, slot, 0, gl.SliceLayout(0, s_layout))
     s = warpgroup_mma_wait(0, [s_token])
+    if x.HAS_SOFTCAP:
+        s = tanh(s, x.cap_scale)
     p = gl.exp2(s * x.scale_log2 - lse[None, :])
-    if x.IS_CAUSAL:
-        p = hide(p, edge, True)
-    elif not x.EVEN_N:
-        p = hide(p, edge, False)
-    p = p.to(dtype)
+    if not x.EVEN_N:
+        p = hide(p, edge, x.MASK)
+    p_operand = gl.convert_layout(p.to(dtype), p_layout)
+    if x.HAS_SOFTCAP:  # its derivative: consumer 1 needs P^T for dS^T alone
+        p = p * (1.0 - s * s)
     if HAS_PREVIOUS:
         mbarrier.wait(x.ds_full, (t - 1) & 1)
-    x.p.store(p)
+    x.p.store(p.to(dtype))
     mbarrier.arrive(x.p_full)
 
-    p_operand = gl.convert_layout(p, p_layout)
     mbarrier.wait(x.dout_full.index(slot), phase)
     if HAS_PREVIOUS:
         dq_token = _issue_dq(x, t - 1, 0)
@@ -335,8 +340,10 @@ def _dk_consumer(x):
     do_not_specialize=[
         "scale",
         "scale_log2",
+        "cap_scale",
         "Skv",
-        "first_place",
+        "first_key",
+        "last_key",
         "query_blocks",
         "key_blocks",
         "H",
@@ -347,8 +354,8 @@ def _dk_consumer(x):
 )
 def _flash_attn_bwd_wide_kernel(
     q_desc, k_desc, v_desc, dout_desc, rows_desc, sums_ptr, dk_desc, dv_desc,
-    scale, scale_log2, Skv, first_place, query_blocks, key_blocks, H, BH, heads_per_kv, group_rows,
-    SECTION: gl.constexpr, IS_CAUSAL: gl.constexpr, EVEN_N: gl.constexpr,
+    scale, scale_log2, cap_scale, Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv, group_rows,
+    SECTION: gl.constexpr, MASK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, EVEN_N: gl.constexpr,
 ):  # fmt: skip
     """Launched with num_warps=4, the first consumer's. H, BH count key heads."""
     dtype: gl.constexpr = q_desc.dtype
@@ -387,10 +394,13 @@ def _flash_attn_bwd_wide_kernel(
 
     x = _Wide(
         (q_desc, k_desc, v_desc, dout_desc, rows_desc, sums_ptr, dk_desc, dv_desc),
-        (scale, scale_log2, Skv, first_place, query_blocks, key_blocks, H, BH, heads_per_kv, group_rows),
+        (
+            scale, scale_log2, cap_scale, Skv, first_key, last_key,
+            query_blocks, key_blocks, H, BH, heads_per_kv, group_rows,
+        ),  # fmt: skip
         (k, v, q, dout, rows, p, ds, steps),
         (k_full, v_full, q_full, dout_full, empty, p_full, ds_full),
-        (SECTION, IS_CAUSAL, EVEN_N),
+        (SECTION, MASK, HAS_SOFTCAP, EVEN_N),
     )
     # The first entry runs on the launch's own 4 warps; then 4 and 1 more.
     gl.warp_specialize([(_dv_consumer, (x,)), (_dk_consumer, (x,)), (_producer, (x,))], [4, 1], [240, 24])

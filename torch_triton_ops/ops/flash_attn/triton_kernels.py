@@ -1048,29 +1048,47 @@ def backward(
             **constexprs,
         )
     for gradient, sinks in ((dalibi, None), (dsinks, call.sinks)):
-        if gradient is None:
-            continue
-        sums = q.new_empty((B, H), dtype=torch.float32)
-        launch(
-            _flash_attn_bwd_heads_kernel,
-            (B * H,),
-            *(rows, slope_rows if sinks is None else None, sinks, call.cu[0], sums, Sq, padded, H, plane),
-            num_warps=4,
-            BLOCK_M=1024,
-            LOG2E=call.log2e,
-            EXACT_ROWS=exact_rows,
-        )
-        per_batch = gradient.dim() == 2
-        columns = B * H if per_batch else H
-        launch(
-            _flash_attn_bwd_batches_kernel,
-            (cdiv(columns, 16),),
-            *(sums, gradient, 1 if per_batch else B, columns),
-            num_warps=4,
-            BLOCK_B=64,
-            BLOCK_H=16,
-            ROUND=_rounds(gradient),
-        )
+        if gradient is not None:
+            own_rows = slope_rows if sinks is None else None
+            sum_over_queries(gradient, rows, own_rows, sinks, call.cu[0], B, H, Sq, padded, plane)
+
+
+def sum_over_queries(
+    gradient: torch.Tensor,
+    rows: torch.Tensor,
+    slope_rows: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    cu_q: torch.Tensor | None,
+    B: int,
+    H: int,
+    Sq: int,
+    padded: int,
+    plane: int,
+) -> None:
+    """Write the gradient of the slopes, from each query's part of it, or that of the sinks, from rows: planes of `plane` numbers,
+    `padded` for each head (see `backward`)."""
+    exact_rows = rows.shape[0] == 3
+    sums = rows.new_empty((B, H))
+    launch(
+        _flash_attn_bwd_heads_kernel,
+        (B * H,),
+        *(rows, slope_rows, sinks, cu_q, sums, Sq, padded, H, plane),
+        num_warps=4,
+        BLOCK_M=1024,
+        LOG2E=1.0 if exact_rows else 1.4426950408889634,
+        EXACT_ROWS=exact_rows,
+    )
+    per_batch = gradient.dim() == 2
+    columns = B * H if per_batch else H
+    launch(
+        _flash_attn_bwd_batches_kernel,
+        (cdiv(columns, 16),),
+        *(sums, gradient, 1 if per_batch else B, columns),
+        num_warps=4,
+        BLOCK_B=64,
+        BLOCK_H=16,
+        ROUND=_rounds(gradient),
+    )
 
 
 def _broadcast_strides(x: torch.Tensor) -> tuple[int, ...]:
