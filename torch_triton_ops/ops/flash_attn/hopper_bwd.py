@@ -84,6 +84,7 @@ class _Backward:
     scale: gl.tensor
     scale_log2: gl.tensor  # log2(e) times the scale, or with softcap times that: so that exp becomes exp2
     cap_scale: gl.tensor  # softcap: 2 * log2(e) * scale / softcap
+    uncap: gl.tensor  # softcap: 1 / (softcap * log2(e))
     Skv: gl.tensor
     first_key: gl.tensor  # query i sees the keys from i + first_key (windows)
     last_key: gl.tensor  # to i + last_key (causal, windows)
@@ -125,8 +126,9 @@ class _Backward:
     def __init__(self, tensors, problem, buffers, barriers, constants):
         self.q_desc, self.k_desc, self.v_desc, self.dout_desc = tensors[:4]
         self.rows_desc, self.dq_desc, self.dk_desc, self.dv_desc = tensors[4:]
-        self.scale, self.scale_log2, self.cap_scale, self.Skv, self.first_key, self.last_key = problem[:6]
-        self.query_blocks, self.key_blocks, self.H, self.BH, self.heads_per_kv = problem[6:]
+        self.scale, self.scale_log2, self.cap_scale, self.uncap = problem[:4]
+        self.Skv, self.first_key, self.last_key = problem[4:7]
+        self.query_blocks, self.key_blocks, self.H, self.BH, self.heads_per_kv = problem[7:]
         self.k, self.v, self.q, self.dout, self.rows, self.ds, self.dq, self.steps = buffers
         self.k_full, self.v_full, self.q_full, self.dout_full, self.empty, self.ds_full, self.ds_empty = barriers[:7]
         self.out_full, self.out_empty = barriers[7:]
@@ -337,6 +339,23 @@ def write(ints, i, value):
 
 
 @gluon.jit
+def _cap_slope(p, lse, uncap):
+    """What softcap takes the score's derivative by, 1 - tanh(score / softcap)^2, from P: there are no registers to keep tanh in.
+
+    lse and uncap: 1 / softcap, in the units that make log2(p) * uncap + lse the tanh. Where P is 0 any number from 0 to 1 will do.
+    """
+    tanh = gl.inline_asm_elementwise(
+        "{ .reg .f32 x; max.f32 x, $1, 0f00800000; lg2.approx.ftz.f32 x, x; fma.rn.f32 $0, x, $3, $2; }",
+        "=f,f,f,f",
+        [p, lse[None, :], uncap],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+    return gl.maximum(1.0 - tanh * tanh, 0.0)
+
+
+@gluon.jit
 def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
     """One block of queries: S^T, dP^T, P^T, dS^T; then dQ(t - 1) to dq_row, and dV, dK += this block's share.
 
@@ -370,15 +389,14 @@ def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
     if not x.EVEN_N:
         p = hide(p, edge, x.MASK)
 
-    if x.HAS_SOFTCAP:  # its derivative goes to dS^T alone
-        p_operand = gl.convert_layout(p.to(dtype), p_layout)
-        p = p * (1.0 - s * s)
 
     dp = warpgroup_mma_wait(0, [dp_token])
     delta = rows.index(slot * 2 + 1).load(query_column)
-    ds = (p * (dp - delta[None, :])).to(dtype)
-    if not x.HAS_SOFTCAP:
-        p_operand = gl.convert_layout(p.to(dtype), p_layout)
+    ds = p * (dp - delta[None, :])
+    if x.HAS_SOFTCAP:
+        ds = ds * _cap_slope(p, rows.index(slot * 2).load(query_column) * x.uncap, x.uncap)
+    ds = ds.to(dtype)
+    p_operand = gl.convert_layout(p.to(dtype), p_layout)
     if x.HEAD_DIM == 64:  # with 128 columns there are no registers to keep dS^T in: dK reads what dQ reads
         ds_operand = gl.convert_layout(ds, p_layout)
 
@@ -461,6 +479,7 @@ def _consumer(x, WG: gl.constexpr):
         "scale",
         "scale_log2",
         "cap_scale",
+        "uncap",
         "Skv",
         "first_key",
         "last_key",
@@ -473,7 +492,7 @@ def _consumer(x, WG: gl.constexpr):
 )
 def _flash_attn_bwd_hopper_kernel(
     q_desc, k_desc, v_desc, dout_desc, rows_desc, dq_desc, dk_desc, dv_desc,
-    scale, scale_log2, cap_scale, Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv,
+    scale, scale_log2, cap_scale, uncap, Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv,
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, SECTION: gl.constexpr,
     MASK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, FIRST_IS_UNSEEN: gl.constexpr, EVEN_N: gl.constexpr,
 ):  # fmt: skip
@@ -520,7 +539,9 @@ def _flash_attn_bwd_hopper_kernel(
 
     x = _Backward(
         (q_desc, k_desc, v_desc, dout_desc, rows_desc, dq_desc, dk_desc, dv_desc),
-        (scale, scale_log2, cap_scale, Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv),
+        (
+            scale, scale_log2, cap_scale, uncap, Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv,
+        ),  # fmt: skip
         (k, v, q, dout, rows, ds, dq, steps),
         (k_full, v_full, q_full, dout_full, empty, ds_full, ds_empty, out_full, out_empty),
         (HEAD_DIM, BLOCK_M, BLOCK_N, SECTION, MASK, HAS_SOFTCAP, FIRST_IS_UNSEEN, EVEN_N),
@@ -690,24 +711,27 @@ def _plan(
     )
     gradients = descriptor(dk, (1, 1, 64, head_dim), TILE), descriptor(dv, (1, 1, 64, head_dim), TILE)
     first_key, last_key = reach(Sq, Skv, left, right)
-    mask = (WINDOW if is_window(left, right) else CAUSAL if right == 0 else FULL).value
-    masked = mask != FULL.value
+    uneven = left < 0 and right < 0 and Skv % block_n > 0
+    # softcap leaves no register for FULL's edge: a window that hides nothing takes its place
+    mask = WINDOW if is_window(left, right) or (uneven and softcap) else CAUSAL if right == 0 else FULL
+    masked = mask is not FULL
     log2e = math.log2(math.e)
-    factors = scale, (softcap or scale) * log2e, 2 * log2e * scale / softcap if softcap else 0.0
-    problem = *factors, Skv, first_key, last_key, blocks, key_blocks, Hkv, B * Hkv, H // Hkv
+    factors = (scale, (softcap or scale) * log2e, 2 * log2e * scale / softcap if softcap else 0.0)
+    problem = Skv, first_key, last_key, blocks, key_blocks, Hkv, B * Hkv, H // Hkv
     grid = (B * Hkv * key_blocks,)
     shared: dict[str, Any] = {
         "num_warps": 4,
         "SECTION": 4 if masked else 1,
-        "MASK": mask,
+        "MASK": mask.value,
         "HAS_SOFTCAP": softcap > 0,
-        "EVEN_N": not masked and Skv % block_n == 0,
+        "EVEN_N": not masked and not uneven,
     }
     if head_dim == 256:
         from .hopper_bwd_wide import _flash_attn_bwd_wide_kernel
 
         groups = H // Hkv * blocks * block_m
-        accumulate = Prepared(_flash_attn_bwd_wide_kernel, grid, *tensors, sums, *gradients, *problem, groups, **shared)
+        numbers = *factors, *problem, groups
+        accumulate = Prepared(_flash_attn_bwd_wide_kernel, grid, *tensors, sums, *gradients, *numbers, **shared)
     else:
         accumulate = Prepared(
             _flash_attn_bwd_hopper_kernel,
@@ -715,6 +739,8 @@ def _plan(
             *tensors,
             descriptor(sums, (32, 128), _PLAIN),
             *gradients,
+            *factors,
+            1 / (softcap * log2e) if softcap else 0.0,
             *problem,
             HEAD_DIM=head_dim,
             BLOCK_M=block_m,
