@@ -217,6 +217,16 @@ def _producer(x):
 
 
 @gluon.jit
+def _half(x, tile, half, t):
+    """tile[half], of K or V. With softcap, whose registers are fewest, at an address that the compiler takes for a new one in every
+    step t, lest it keep those of all operands in registers."""
+    if x.HAS_SOFTCAP:
+        return tile.index(half + (t >> 30))
+    else:
+        return tile.index(half)
+
+
+@gluon.jit
 def _issue_dq(x, t, WG: gl.constexpr):
     """dQ(t)'s part of this consumer, (64, 64), = dS(t) K over all 128 keys; asynchronous.
 
@@ -234,8 +244,8 @@ def _issue_dq(x, t, WG: gl.constexpr):
     else:
         panels = x.ds._reinterpret(x.k.dtype, [8, HALF_N, 64], panel)
         first = panels.index(ds * 2 + WG).permute([1, 0])
-        token = warpgroup_mma(first, x.k.index(0), zero, use_acc=False, is_async=True)
-        token = warpgroup_mma(panels.index(ds * 2 + 2 + WG).permute([1, 0]), x.k.index(1), token, is_async=True)
+        token = warpgroup_mma(first, _half(x, x.k, 0, t), zero, use_acc=False, is_async=True)
+        token = warpgroup_mma(panels.index(ds * 2 + 2 + WG).permute([1, 0]), _half(x, x.k, 1, t), token, is_async=True)
     return token
 
 
@@ -374,9 +384,9 @@ def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
 
     # Rows are keys, columns are queries: (HALF_N, x.BLOCK_M).
     mbarrier.wait(x.q_full.index(slot), phase)
-    s_token = warpgroup_mma(x.k.index(WG), x.q.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
+    s_token = warpgroup_mma(_half(x, x.k, WG, t), x.q.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
     mbarrier.wait(x.dout_full.index(slot), phase)
-    dp_token = warpgroup_mma(x.v.index(WG), x.dout.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
+    dp_token = warpgroup_mma(_half(x, x.v, WG, t), x.dout.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
 
     edge = tail
     if x.MASK != FULL:
