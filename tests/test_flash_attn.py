@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -67,13 +69,9 @@ def test_hopper_runs_gluon(D):
         {"D": 100},
         {"scale": -1.0},
         {"scale": 0.0},
-        {"softcap": 5.0},
-        {"window_left": 10},
-        {"window_right": 10},
         {"Skv": 0},
         {"alibi_slopes": torch.empty(4, device="meta")},
         {"attn_bias": torch.empty(256, 256, device="meta")},
-        {"sinks": torch.empty(4, device="meta")},
     ],
     ids=lambda call: ",".join(call),
 )
@@ -89,7 +87,7 @@ def test_hopper_backward(D, Sq):
 
 @pytest.mark.parametrize(
     "call",
-    [{"D": 64, "Sq": 128}, {"D": 256, "Sq": 64}, {"Sq": 64}, {"softcap": 5.0}, {"dtype": torch.float32}],
+    [{"D": 64, "Sq": 128}, {"D": 256, "Sq": 64}, {"Sq": 64}, {"dtype": torch.float32}],
     ids=str,
 )
 def test_what_the_hopper_backward_lacks_is_portable(call):
@@ -97,6 +95,20 @@ def test_what_the_hopper_backward_lacks_is_portable(call):
     if call.get("dtype") == torch.float32:
         wanted.insert(1, "_flash_attn_bwd_dq_kernel")  # delta, as a sum over the keys
     assert backward_kernels(**call) == wanted
+
+
+def test_hopper_windows_softcap_and_sinks():
+    sinks = torch.empty(4, device="meta")
+    for call in (
+        {"window_left": 10},
+        {"window_right": 10, "softcap": 5.0},
+        {"window_left": 0, "causal": True, "sinks": sinks, "D": 256},
+        {"softcap": 5.0, "sinks": sinks, "D": 64},
+    ):
+        assert kernels(**call) == HOPPER
+        assert [name.replace("wide", "hopper") for name in backward_kernels(**call)] == HOPPER_BACKWARD
+    sums = [f"_flash_attn_bwd_{part}_kernel" for part in ("heads", "batches")]
+    assert backward_kernels(sinks=sinks.clone().requires_grad_()) == HOPPER_BACKWARD + sums
 
 
 def test_gradients_of_the_terms_have_kernels_of_their_own():
@@ -145,10 +157,10 @@ def test_setting(monkeypatch):
     assert kernels() == PORTABLE
     monkeypatch.setattr(flash_attn, "_setting", "gluon")
     assert kernels() == HOPPER
-    with pytest.raises(RuntimeError, match=r"flash_attn.*TORCH_TRITON_OPS_ATTENTION=gluon.*softcap"):
-        kernels(softcap=1.0)
-    with pytest.raises(RuntimeError, match="the Hopper kernels cannot run: they have no attn_bias and no sinks"):
-        kernels(attn_bias=torch.empty(1, device="meta"), sinks=torch.empty(4, device="meta"))
+    with pytest.raises(RuntimeError, match=r"flash_attn.*TORCH_TRITON_OPS_ATTENTION=gluon.*scale > 0"):
+        kernels(scale=-1.0)
+    with pytest.raises(RuntimeError, match="the Hopper kernels cannot run: they have no alibi_slopes and no attn_bias"):
+        kernels(attn_bias=torch.empty(1, device="meta"), alibi_slopes=torch.empty(4, device="meta"))
     with pytest.raises(RuntimeError, match=r"flash_attn.*compute capability 9\.0"):
         kernels(80)
 
@@ -197,4 +209,140 @@ def test_torch_compile_keeps_the_hopper_kernel_as_one_node():
     with FakeTensorMode():
         q = torch.empty(1, 2, 64, 64, dtype=torch.bfloat16)
         with pytest.raises(launch.NotInlinable, match="hopper"):
-            hopper.forward(q, q, q, q, None, 0.1, True)
+            hopper.forward(q, q, q, q, None, 0.1, -1, 0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which blocks the Hopper kernels visit. Gluon has no interpreter, but its scalar functions are Python.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def on_ints(function, **names):
+    """A Gluon function of integers, as Python."""
+    gl = types.SimpleNamespace(minimum=min, maximum=max, program_id=lambda axis: names["pid"])
+    code = function.fn
+    return types.FunctionType(code.__code__, code.__globals__ | {"gl": gl} | names, code.__name__)
+
+
+def window_shapes():
+    """(Sq, Skv, left, right) with the bounds as the launchers get them."""
+    lengths, bounds = (1, 64, 129, 300, 515, 777), (-1, 0, 1, 17, 64, 128, 500)
+    for i, (Sq, Skv, left, right) in enumerate(itertools.product(lengths, lengths, bounds, bounds)):
+        if i % 13 == 0:  # a sample of them: 13 divides no period
+            yield Sq, Skv, *flash_attn._bounds(Sq, Skv, False, left, right)
+
+
+def visible_keys(i, Sq, Skv, left, right):
+    place = i + Skv - Sq
+    return max(0, place - left) if left >= 0 else 0, min(Skv, place + right + 1) if right >= 0 else Skv
+
+
+def test_hopper_forward_visits_what_is_visible_and_masks_its_edges():
+    """Every visible key lies in a visited block, unmasked blocks are visible whole, and a consumer's blocks are some of its
+    tile's: it takes exactly the steps of the ring that the producer fills."""
+    from torch_triton_ops.ops.flash_attn import hopper
+
+    key_blocks = on_ints(hopper._key_blocks)
+    for Sq, Skv, left, right in window_shapes():
+        first, last = hopper.reach(Sq, Skv, left, right)
+        for consumers, block_n in ((3, 128), (2, 128), (2, 64)):
+            x = types.SimpleNamespace(
+                Sq=Sq,
+                Skv=Skv,
+                first=first,
+                last=last,
+                BLOCK_N=block_n,
+                HAS_LAST=left >= 0 or right >= 0,
+                HAS_FIRST=hopper.is_window(left, right),
+            )
+            for tile in range(0, Sq, 64 * consumers):
+                tile_begin, _, _, tile_end = key_blocks(x, tile, 64 * consumers)
+                assert 0 <= tile_begin < tile_end <= launch.cdiv(Skv, block_n)
+                for start in range(tile, tile + 64 * consumers, 64):
+                    begin, full_begin, full_end, end = key_blocks(x, start, 64)
+                    assert tile_begin <= begin <= full_begin <= full_end < end <= tile_end
+                    for i in {start, start + 31, start + 63, Sq - 1} & {*range(start, min(start + 64, Sq))}:
+                        lo, hi = visible_keys(i, Sq, Skv, left, right)
+                        assert lo >= hi or (begin * block_n <= lo and hi <= end * block_n)
+                        assert full_begin == full_end or (lo <= full_begin * block_n and full_end * block_n <= hi)
+
+
+def run_ptx(asm, values):
+    """The registers after the PTX of `_hide_asm`, which is integer arithmetic, comparisons and one branch to its end."""
+    bits = lambda x, at, size: (x >> at) & ((1 << size) - 1)
+    operations = {
+        "mov": lambda a: a,
+        "add": int.__add__,
+        "sub": int.__sub__,
+        "mad.lo": lambda a, b, c: a * b + c,
+        "and": int.__and__,
+        "shl": int.__lshift__,
+        "bfe.u32": bits,
+        "bfe.s32": lambda x, at, size: (bits(x, at, size) ^ 1 << size - 1) - (1 << size - 1),
+        "le": int.__le__,
+        "lt": int.__lt__,
+        "ge": int.__ge__,
+        "eq": int.__eq__,
+        "ge.and": lambda a, b, p: a >= b and p,
+        "selp": lambda a, b, p: a if p else b,
+    }
+    for line in asm[asm.index("{") + 1 : asm.index("DONE: }")].split(";"):
+        name, _, rest = line.strip().partition(" ")
+        if name in (".reg", ""):
+            continue
+        if name == "@p":
+            if values["p"]:
+                break
+            continue
+        to, *operands = rest.replace(" ", "").split(",")
+        numbers = [values[x] if x in values else 0 if x.startswith("0f") else int(x) for x in operands]
+        name = name if name.startswith("bfe") else name.removeprefix("setp.").rpartition(".")[0]
+        values[to] = operations[name](*numbers)
+    return values
+
+
+def test_hopper_backward_visits_what_is_visible_and_hides_the_rest():
+    from torch_triton_ops.ops.flash_attn import hopper, hopper_bwd
+
+    kinds = {"FULL": 0, "CAUSAL": 1, "WINDOW": 2}
+    for n, (Sq, Skv, left, right) in enumerate(window_shapes()):
+        mask = 2 if hopper.is_window(left, right) else 1 if right == 0 else 0
+        for block_m, block_n in ((128, 128), (64, 128), (64, 64)):
+            query_blocks, key_blocks = launch.cdiv(Sq, block_m), launch.cdiv(Skv, block_n)
+            if query_blocks < 2:
+                continue
+            x = types.SimpleNamespace(
+                Skv=Skv,
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                SECTION=4,
+                MASK=mask,
+                H=1,
+                BH=1,
+                query_blocks=query_blocks,
+                key_blocks=key_blocks,
+            )
+            x.first_key, x.last_key = hopper.reach(Sq, Skv, left, right)
+            for pid in range(key_blocks):
+                _, _, start_n, first, steps = on_ints(hopper_bwd.place, pid=pid, **kinds)(x)
+                assert first >= 0
+                assert steps >= 2
+                assert first + steps <= query_blocks
+                for i in range(0, Sq, 7):
+                    lo, hi = visible_keys(i, Sq, Skv, left, right)
+                    if max(lo, start_n) < min(hi, start_n + block_n):
+                        assert first * block_m <= i < (first + steps) * block_m
+                if mask == 0 or (n + pid) % 5:
+                    continue
+                start_m, thread = (first + n % steps) * block_m, n * 37 % 128
+                registers = 64 * block_m // 128
+                asm = hopper_bwd._hide_asm(mask, registers, block_m)
+                edge = on_ints(hopper_bwd.edge_of, **kinds)(x, start_m, start_n)
+                start = {f"${i}": 1 for i in range(registers)} | {f"${2 * registers}": edge, "%tid.x": thread}
+                after = run_ptx(asm, start)
+                for i in range(registers):
+                    key = start_n + thread // 32 * 16 + thread % 32 // 4 + (8 if i & 2 else 0)
+                    query = start_m + i // 4 * 8 + thread % 4 * 2 + i % 2
+                    if query < Sq and (key < Skv or mask == 2):
+                        lo, hi = visible_keys(query, Sq, Skv, left, right)
+                        assert after[f"${i}"] == (lo <= key < hi)

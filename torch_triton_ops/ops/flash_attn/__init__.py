@@ -40,7 +40,7 @@ Two sets of kernels, chosen for each call:
 * `triton_kernels.py`, Triton: every GPU from sm_80 up, every option. A bias's gradient takes a kernel of its own, which computes
   the scores once more and sums over the dimensions that were broadcast in a fixed order.
 * `hopper*.py`, Gluon: compute capability 9.0, triton 3.6 and 3.7; half precision, D from 40 to 256 that is a
-  multiple of 8, scale > 0, causal or not, no window, softcap, slopes, bias or sinks. The backward: of
+  multiple of 8, scale > 0, any mask, window, softcap and sinks, no slopes and no bias. The backward: of
   these, Sq > 64 (Sq > 128 for D up to 64).
 
 The Hopper kernels read by TMA, which wants rows and bases aligned to 16 bytes and no expanded dimension: other inputs are copied.

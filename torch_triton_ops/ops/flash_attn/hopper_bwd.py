@@ -51,7 +51,11 @@ from .triton_kernels import _load_rows, sum_over_queries
 HALF_N = gl.constexpr(64)  # keys of a consumer
 BLOCK_N = gl.constexpr(128)  # keys of a program
 STAGES = gl.constexpr(2)  # depth of the Q / dO ring; 3 is slower
-FULL, CAUSAL, WINDOW = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # which queries see a key: all, no earlier ones, a band
+FULL, CAUSAL, WINDOW = (
+    gl.constexpr(0),
+    gl.constexpr(1),
+    gl.constexpr(2),
+)  # which queries see a key: all, no earlier ones, a band
 
 
 @builtin
@@ -101,7 +105,9 @@ class _Backward:
     rows: gl.shared_memory_descriptor  # (STAGES, 2, BLOCK_M)
     ds: gl.shared_memory_descriptor  # (2 * 2, HALF_N, BLOCK_M): dS^T, two slots of two halves
     dq: gl.shared_memory_descriptor  # (2, BLOCK_M, HEAD_DIM / 2) float32: one half for each consumer, on its way out
-    steps: gl.shared_memory_descriptor  # (16, 1) int32: for four steps, dQ's row and for each consumer its edge (`hide`)
+    steps: (
+        gl.shared_memory_descriptor
+    )  # (16, 1) int32: for four steps, dQ's row and for each consumer its edge (`hide`)
     # barriers
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
@@ -123,12 +129,12 @@ class _Backward:
     EVEN_N: gl.constexpr  # FULL, and no key block is partly empty
 
     @gluon.constexpr_function
-    def __init__(self, tensors, problem, buffers, barriers, constants):
+    def __init__(self, tensors, factors, problem, buffers, barriers, constants):
         self.q_desc, self.k_desc, self.v_desc, self.dout_desc = tensors[:4]
         self.rows_desc, self.dq_desc, self.dk_desc, self.dv_desc = tensors[4:]
-        self.scale, self.scale_log2, self.cap_scale, self.uncap = problem[:4]
-        self.Skv, self.first_key, self.last_key = problem[4:7]
-        self.query_blocks, self.key_blocks, self.H, self.BH, self.heads_per_kv = problem[7:]
+        self.scale, self.scale_log2, self.cap_scale, self.uncap = factors
+        self.Skv, self.first_key, self.last_key = problem[:3]
+        self.query_blocks, self.key_blocks, self.H, self.BH, self.heads_per_kv = problem[3:]
         self.k, self.v, self.q, self.dout, self.rows, self.ds, self.dq, self.steps = buffers
         self.k_full, self.v_full, self.q_full, self.dout_full, self.empty, self.ds_full, self.ds_empty = barriers[:7]
         self.out_full, self.out_empty = barriers[7:]
@@ -218,8 +224,8 @@ def _producer(x):
 
 @gluon.jit
 def _half(x, tile, half, t):
-    """tile[half], of K or V. With softcap, whose registers are fewest, at an address that the compiler takes for a new one in every
-    step t, lest it keep those of all operands in registers."""
+    """tile[half], of K or V. With softcap, which has the fewest registers to spare, at an address that the compiler takes for a
+    new one in every step t, lest it keep those of all operands in registers."""
     if x.HAS_SOFTCAP:
         return tile.index(half + (t >> 30))
     else:
@@ -263,8 +269,8 @@ def _add_dq(x, row, dq, WG: gl.constexpr):
 
 @gluon.jit
 def edge_of(x, start_m, start_n):
-    """The edge, in the sense of `hide`, between the queries from start_m and the 64 keys from start_n. By the producer, whose time
-    is free."""
+    """The edge, in the sense of `hide`, between the queries from start_m and the 64 keys from start_n. By the producer, whose
+    time is free."""
     last = start_m + x.last_key - start_n
     if x.MASK == WINDOW:
         last = gl.minimum(gl.maximum(last, -x.BLOCK_M), 63)
@@ -352,7 +358,8 @@ def write(ints, i, value):
 def _cap_slope(p, lse, uncap):
     """What softcap takes the score's derivative by, 1 - tanh(score / softcap)^2, from P: there are no registers to keep tanh in.
 
-    lse and uncap: 1 / softcap, in the units that make log2(p) * uncap + lse the tanh. Where P is 0 any number from 0 to 1 will do.
+    uncap is 1 / (softcap * log2(e)), lse in units of softcap: then log2(p) * uncap + lse is the tanh. Where P is 0 any number
+    from 0 to 1 will do.
     """
     tanh = gl.inline_asm_elementwise(
         "{ .reg .f32 x; max.f32 x, $1, 0f00800000; lg2.approx.ftz.f32 x, x; fma.rn.f32 $0, x, $3, $2; }",
@@ -386,7 +393,9 @@ def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
     mbarrier.wait(x.q_full.index(slot), phase)
     s_token = warpgroup_mma(_half(x, x.k, WG, t), x.q.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
     mbarrier.wait(x.dout_full.index(slot), phase)
-    dp_token = warpgroup_mma(_half(x, x.v, WG, t), x.dout.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
+    dp_token = warpgroup_mma(
+        _half(x, x.v, WG, t), x.dout.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True
+    )
 
     edge = tail
     if x.MASK != FULL:
@@ -398,7 +407,6 @@ def _step(x, t, tail, dk, dv, HAS_PREVIOUS: gl.constexpr, WG: gl.constexpr):
     p = gl.exp2(s * x.scale_log2 - lse[None, :])
     if not x.EVEN_N:
         p = hide(p, edge, x.MASK)
-
 
     dp = warpgroup_mma_wait(0, [dp_token])
     delta = rows.index(slot * 2 + 1).load(query_column)
@@ -549,9 +557,8 @@ def _flash_attn_bwd_hopper_kernel(
 
     x = _Backward(
         (q_desc, k_desc, v_desc, dout_desc, rows_desc, dq_desc, dk_desc, dv_desc),
-        (
-            scale, scale_log2, cap_scale, uncap, Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv,
-        ),  # fmt: skip
+        (scale, scale_log2, cap_scale, uncap),
+        (Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv),
         (k, v, q, dout, rows, ds, dq, steps),
         (k_full, v_full, q_full, dout_full, empty, ds_full, ds_empty, out_full, out_empty),
         (HEAD_DIM, BLOCK_M, BLOCK_N, SECTION, MASK, HAS_SOFTCAP, FIRST_IS_UNSEEN, EVEN_N),

@@ -93,11 +93,12 @@ class _Wide:
     EVEN_N: gl.constexpr  # FULL, and no key block is partly empty
 
     @gluon.constexpr_function
-    def __init__(self, tensors, problem, buffers, barriers, constants):
+    def __init__(self, tensors, factors, problem, buffers, barriers, constants):
         self.q_desc, self.k_desc, self.v_desc, self.dout_desc = tensors[:4]
         self.rows_desc, self.sums_ptr, self.dk_desc, self.dv_desc = tensors[4:]
-        self.scale, self.scale_log2, self.cap_scale, self.Skv, self.first_key, self.last_key = problem[:6]
-        self.query_blocks, self.key_blocks, self.H, self.BH, self.heads_per_kv, self.group_rows = problem[6:]
+        self.scale, self.scale_log2, self.cap_scale = factors
+        self.Skv, self.first_key, self.last_key = problem[:3]
+        self.query_blocks, self.key_blocks, self.H, self.BH, self.heads_per_kv, self.group_rows = problem[3:]
         self.k, self.v, self.q, self.dout, self.rows, self.p, self.ds, self.steps = buffers
         self.k_full, self.v_full, self.q_full, self.dout_full, self.empty, self.p_full, self.ds_full = barriers
         self.BLOCK_M, self.BLOCK_N = gl.constexpr(64), gl.constexpr(64)
@@ -394,10 +395,8 @@ def _flash_attn_bwd_wide_kernel(
 
     x = _Wide(
         (q_desc, k_desc, v_desc, dout_desc, rows_desc, sums_ptr, dk_desc, dv_desc),
-        (
-            scale, scale_log2, cap_scale, Skv, first_key, last_key,
-            query_blocks, key_blocks, H, BH, heads_per_kv, group_rows,
-        ),  # fmt: skip
+        (scale, scale_log2, cap_scale),
+        (Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv, group_rows),
         (k, v, q, dout, rows, p, ds, steps),
         (k_full, v_full, q_full, dout_full, empty, p_full, ds_full),
         (SECTION, MASK, HAS_SOFTCAP, EVEN_N),
