@@ -796,6 +796,8 @@ def forward(
         return
     if sinks is not None:
         sinks = sinks.contiguous()
+    if lse is None and is_window(left, right) and q.shape[3] > 192:  # without this store, ptxas spills a register
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     key = (
         *(q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride()),
         *(aligned(q), aligned(k), aligned(v), q.dtype, q.device, scale, left, right, lse is None),
@@ -838,6 +840,7 @@ def _plan(
     # as many key heads at a time as fit, each with all its query heads
     section = min(B * H, group * max(1, _L2_BYTES // (2 * Skv * D * k.element_size())))
     first, last = reach(Sq, Skv, left, right)
+    bounded, even = left >= 0 or right >= 0, Skv % block_n == 0
     log2e = math.log2(math.e)
     return Prepared(
         _flash_attn_fwd_hopper_kernel,
@@ -854,11 +857,12 @@ def _plan(
         *(Sq, Skv, first, last, num_blocks, H, group, B * H, section),
         num_warps=4,
         HEAD_DIM=head_dim,
-        HAS_LAST=left >= 0 or right >= 0,
+        # a bound that hides nothing masks the keys beyond Skv with fewer registers
+        HAS_LAST=bounded or (not even and (softcap > 0 or sinks is not None)),
         HAS_FIRST=is_window(left, right),
         HAS_SOFTCAP=softcap > 0,
         HAS_SINKS=sinks is not None,
-        EVEN_N=left < 0 and right < 0 and Skv % block_n == 0,
+        EVEN_N=even and not bounded,
         SAVE_LSE=lse is not None,
         **config,
     )

@@ -125,6 +125,7 @@ class _Backward:
     SECTION: gl.constexpr  # heads that run side by side
     MASK: gl.constexpr  # FULL, CAUSAL or WINDOW
     HAS_SOFTCAP: gl.constexpr
+    OPAQUE: gl.constexpr  # see _half
     FIRST_IS_UNSEEN: gl.constexpr  # the first step's queries see no key of the second consumer
     EVEN_N: gl.constexpr  # FULL, and no key block is partly empty
 
@@ -139,7 +140,8 @@ class _Backward:
         self.k_full, self.v_full, self.q_full, self.dout_full, self.empty, self.ds_full, self.ds_empty = barriers[:7]
         self.out_full, self.out_empty = barriers[7:]
         self.HEAD_DIM, self.BLOCK_M, self.BLOCK_N, self.SECTION = map(gl.constexpr, constants[:4])
-        self.MASK, self.HAS_SOFTCAP, self.FIRST_IS_UNSEEN, self.EVEN_N = map(gl.constexpr, constants[4:])
+        self.MASK, self.HAS_SOFTCAP, self.OPAQUE = map(gl.constexpr, constants[4:7])
+        self.FIRST_IS_UNSEEN, self.EVEN_N = map(gl.constexpr, constants[7:])
 
 
 @gluon.jit
@@ -224,9 +226,9 @@ def _producer(x):
 
 @gluon.jit
 def _half(x, tile, half, t):
-    """tile[half], of K or V. With softcap, which has the fewest registers to spare, at an address that the compiler takes for a
-    new one in every step t, lest it keep those of all operands in registers."""
-    if x.HAS_SOFTCAP:
+    """tile[half], of K or V. OPAQUE: at an address that the compiler takes for a new one in every step t, lest it keep those of
+    all operands in registers."""
+    if x.OPAQUE:
         return tile.index(half + (t >> 30))
     else:
         return tile.index(half)
@@ -512,7 +514,7 @@ def _flash_attn_bwd_hopper_kernel(
     q_desc, k_desc, v_desc, dout_desc, rows_desc, dq_desc, dk_desc, dv_desc,
     scale, scale_log2, cap_scale, uncap, Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv,
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, SECTION: gl.constexpr,
-    MASK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, FIRST_IS_UNSEEN: gl.constexpr, EVEN_N: gl.constexpr,
+    MASK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, OPAQUE: gl.constexpr, FIRST_IS_UNSEEN: gl.constexpr, EVEN_N: gl.constexpr,
 ):  # fmt: skip
     """Launched with num_warps=4, the first consumer's. H, BH count key heads."""
     dtype: gl.constexpr = q_desc.dtype
@@ -561,7 +563,7 @@ def _flash_attn_bwd_hopper_kernel(
         (Skv, first_key, last_key, query_blocks, key_blocks, H, BH, heads_per_kv),
         (k, v, q, dout, rows, ds, dq, steps),
         (k_full, v_full, q_full, dout_full, empty, ds_full, ds_empty, out_full, out_empty),
-        (HEAD_DIM, BLOCK_M, BLOCK_N, SECTION, MASK, HAS_SOFTCAP, FIRST_IS_UNSEEN, EVEN_N),
+        (HEAD_DIM, BLOCK_M, BLOCK_N, SECTION, MASK, HAS_SOFTCAP, OPAQUE, FIRST_IS_UNSEEN, EVEN_N),
     )
     # The first entry runs on the launch's own 4 warps; then 4 and 1 more.
     gl.warp_specialize([(_consumer, (x, 0)), (_consumer, (x, 1)), (_producer, (x,))], [4, 1], [240, 24])
@@ -669,7 +671,7 @@ def backward(
     plan = _plans.find(key)
     if plan is None:
         given, copies = (q, k, v, dout), tuple(map(describable, (q, k, v, dout)))
-        plan = _plan(*copies, out, lse, rows, sums, dq, dk, dv, scale, left, right, softcap, head_dim, block_m, blocks)
+        plan = _plan(copies, out, lse, rows, sums, dq, dk, dv, scale, left, right, softcap, head_dim, block_m, blocks)
         if all(x is y for x, y in zip(copies, given, strict=True)):  # else they are to be made at every call
             _plans.keep(key, plan)
         q, k, v, dout = copies
@@ -685,10 +687,7 @@ _plans = Plans()
 
 
 def _plan(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dout: torch.Tensor,
+    inputs: tuple[torch.Tensor, ...],
     out: torch.Tensor,
     lse: torch.Tensor,
     rows: torch.Tensor,
@@ -704,7 +703,8 @@ def _plan(
     block_m: int,
     blocks: int,
 ) -> tuple[Prepared, Prepared, Prepared]:
-    """The three launches."""
+    """The three launches. inputs: q, k, v, dout."""
+    q, k, v, dout = inputs
     B, H, Sq, D = q.shape
     Hkv, Skv = k.shape[1], k.shape[2]
     block_n = 64 if head_dim == 256 else 128  # keys of a program
@@ -761,6 +761,8 @@ def _plan(
             *problem,
             HEAD_DIM=head_dim,
             BLOCK_M=block_m,
+            # softcap has the fewest registers to spare; at head size 64 the ptxas of triton 3.6 does better left alone
+            OPAQUE=softcap > 0 and (head_dim == 128 or not triton.__version__.startswith("3.6.")),
             FIRST_IS_UNSEEN=masked and last_key <= 0 and block_m == 64,
             **shared,
         )
