@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
@@ -9,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,10 +32,16 @@ class Terminal:
         self.ours, theirs = pty.openpty()
         command = [sys.executable, "-m", "triton_tutorial", *arguments]
         self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True
+            command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True, preexec_fn=self.login
         )
         os.close(theirs)
         self.text = ""
+
+    @staticmethod
+    def login() -> None:
+        """What a shell in a terminal leaves: Ctrl-C reaches the program, which does not ignore it as a background job does."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def until(self, pattern: str, seconds: float = 240) -> None:
         """Read until the pattern comes, in what came after the last."""
@@ -62,7 +70,7 @@ class Terminal:
         line. Gives the exit status."""
         end = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < end:
-            os.killpg(self.process.pid, signal.SIGINT)
+            self.type("\x03")
             while self.read(20):
                 pass
         return self.wait(0)

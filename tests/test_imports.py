@@ -20,6 +20,7 @@ PACKAGE = Path(torch_triton_ops.__file__).resolve().parent
 NAME = "torch_triton_ops"
 FOUNDATION = ("launch", "cases", "errors")
 FAMILIES = (
+    "attention_hopper",
     "elementwise",
     "float8",
     "fusion",

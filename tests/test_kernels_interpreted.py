@@ -91,21 +91,12 @@ def interpreter() -> Iterator[Interpreter]:
     server.stop()
 
 
-# What is outside the error budget and not mended yet.
-KNOWN = {
-    ("flash_attn_varlen", torch.float32): "expanded inputs: gradients of k and v up to 1.1 times the budget",
-    ("flash_attn_varlen", torch.bfloat16): "expanded inputs: the slopes' gradient, all rounding, is over the budget",
-}
-
-
 def every_dtype() -> Iterator[Any]:
     for spec in registry.specs():
         for dtype in spec.dtypes:
             # fp16 takes bf16's way through a kernel: a third of the samples proves its loads and stores
             parts = 3 if dtype == torch.float16 and torch.bfloat16 in spec.dtypes else 1
-            known = KNOWN.get((spec.name, dtype))
-            marks = [pytest.mark.xfail(reason=known)] if known else []
-            yield pytest.param(spec, dtype, parts, id=f"{spec.name}-{dtype_name(dtype)}", marks=marks)
+            yield pytest.param(spec, dtype, parts, id=f"{spec.name}-{dtype_name(dtype)}")
 
 
 @pytest.mark.timeout(TIMEOUT + 30)

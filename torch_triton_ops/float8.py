@@ -59,20 +59,25 @@ def decode_fp8_pairs(codes, dtype: tl.constexpr, MANTISSA: tl.constexpr, NATIVE:
 
 
 @triton.jit
-def encode_fp8(x, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
-    """fp32 to codes: nearest, ties to even; beyond the largest finite value that value, also from infinity; NaN stays."""
+def encode_fp8(x, MANTISSA: tl.constexpr, NATIVE: tl.constexpr, SATURATE: tl.constexpr = True):
+    """fp32 to codes: nearest, ties to even; beyond the largest finite value that value, also from infinity; NaN stays.
+
+    SATURATE=False: float8_e5m2 becomes infinity there; float8_e4m3fn has none.
+    """
     if NATIVE and MANTISSA == 3:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     elif NATIVE:
-        return x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+        # The instruction saturates, at 57344; infinity, the next code, begins at the middle between that and 65536.
+        bits = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+        return bits if SATURATE else bits + (tl.abs(x) >= 61440.0).to(tl.uint8)
     else:
         # Per format: bits that go, fp32 exponent of the smallest normal value, exponent bias to take off (in the code's bits),
-        # the fp32 whose unit is the smallest subnormal code, the code of the largest finite value.
+        # the fp32 whose unit is the smallest subnormal code, the code of the largest result.
         DROP: tl.constexpr = 20 if MANTISSA == 3 else 21
         NORMAL: tl.constexpr = 121 if MANTISSA == 3 else 113
         BIAS: tl.constexpr = (120 << 3) if MANTISSA == 3 else (112 << 2)
         UNIT: tl.constexpr = 16384.0 if MANTISSA == 3 else 128.0
-        LARGEST: tl.constexpr = 0x7E if MANTISSA == 3 else 0x7B
+        LARGEST: tl.constexpr = 0x7E if MANTISSA == 3 else (0x7B if SATURATE else 0x7C)
         bits = x.to(tl.int32, bitcast=True)
         size = bits & 0x7FFFFFFF
         # half a unit less one, and one more if the last bit that stays is odd: a tie goes to the even neighbour

@@ -42,6 +42,7 @@ import triton.language as tl
 
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.errors import bad_argument
+from torch_triton_ops.float8 import MANTISSA, decode_fp8, encode_fp8
 from torch_triton_ops.launch import capability, cdiv, launch
 
 _DTYPES = (
@@ -77,49 +78,6 @@ def cast_reference(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @triton.jit
-def _fp8_decoded(bits, FP8: tl.constexpr, NATIVE: tl.constexpr):
-    """uint8 bits of a float8 -> fp32, exactly. FP8: its mantissa bits, 3 for e4m3fn, 2 for e5m2."""
-    if FP8 == 2:  # the upper half of an fp16
-        return (bits.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    elif NATIVE:
-        return bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    else:
-        # In an fp16's fields the exponent's bias is 15 where 7 was meant: 2**8 too small, subnormal values too.
-        half = ((bits & 0x80).to(tl.uint16) << 8) | ((bits & 0x7F).to(tl.uint16) << 7)
-        x = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-        return tl.where((bits & 0x7F) == 0x7F, float("nan"), x)
-
-
-@triton.jit
-def _fp8_encoded(x, FP8: tl.constexpr, NATIVE: tl.constexpr):
-    """fp32 -> uint8 bits of a float8: nearest, ties to even."""
-    if NATIVE and FP8 == 3:  # the instruction saturates, NaN stays
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    elif NATIVE:
-        # It saturates here too, at 57344; infinity, the next code, begins at the middle between that and 65536.
-        bits = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
-        return bits + (tl.abs(x) >= 61440.0).to(tl.uint8)
-    else:
-        # Per format: bits that go, fp32 exponent of the smallest normal value, exponent bias to take off (in fp8's bits), the
-        # fp32 whose unit is the smallest subnormal fp8, the code of the largest result.
-        DROP: tl.constexpr = 20 if FP8 == 3 else 21
-        NORMAL: tl.constexpr = 121 if FP8 == 3 else 113
-        BIAS: tl.constexpr = (120 << 3) if FP8 == 3 else (112 << 2)
-        UNIT: tl.constexpr = 16384.0 if FP8 == 3 else 128.0
-        LARGEST: tl.constexpr = 0x7E if FP8 == 3 else 0x7C
-        bits = x.to(tl.int32, bitcast=True)
-        size = bits & 0x7FFFFFFF
-        # half a unit less one, and one more if the last bit that stays is odd: a tie goes to the even neighbour
-        normal = ((size + ((1 << (DROP - 1)) - 1) + ((size >> DROP) & 1)) >> DROP) - BIAS
-        # an addition in fp32 rounds a small value to the unit of subnormals
-        rounded = size.to(tl.float32, bitcast=True) + UNIT
-        small = rounded.to(tl.int32, bitcast=True) & 0xFF
-        code = tl.minimum(tl.where(size < (NORMAL << 23), small, normal), LARGEST)
-        code = tl.where(size > 0x7F800000, 0x7F, code)  # NaN
-        return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
 def _cast_fwd_kernel(
     x_ptr,
     out_ptr,
@@ -139,11 +97,11 @@ def _cast_fwd_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     x = tl.load(x_ptr + offs_n, mask=mask_n)
     if X_FP8 != 0:
-        x = _fp8_decoded(x, X_FP8, NATIVE)
+        x = decode_fp8(x, tl.float32, X_FP8, NATIVE)
     elif x.dtype.is_floating():
         x = x.to(tl.float32)
     if OUT_FP8 != 0:
-        out = _fp8_encoded(x.to(tl.float32), OUT_FP8, NATIVE)
+        out = encode_fp8(x.to(tl.float32), OUT_FP8, NATIVE, SATURATE=False)
     elif x.dtype.is_floating() and dtype.is_int():
         # Out of range the instruction's result is anybody's guess. 2**31 - 128 is the largest fp32 below 2**31.
         LOWEST: tl.constexpr = -128.0 if dtype == tl.int8 else -2147483648.0
@@ -163,7 +121,6 @@ def _cast_fwd_kernel(
 # Launcher, fake, check
 # --------------------------------------------------------------------------------------------------------------------
 
-_FP8 = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}  # mantissa bits
 # On an H200, 2^27 elements: 4.1 (widening) to 4.38 TB/s, within 1 % of the best of seven configs each
 # (bench/results/tuning/nvidia_h200/transpose.json).
 _BLOCK_N = 1024
@@ -174,7 +131,7 @@ def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not x.is_contiguous():
         x = torch.ops.tt.strided_copy(x)
     # sm_80 has no pointer to float8_e4m3fn: the kernel sees bytes
-    x_fp8, out_fp8 = _FP8.get(x.dtype, 0), _FP8.get(dtype, 0)
+    x_fp8, out_fp8 = MANTISSA.get(x.dtype, 0), MANTISSA.get(dtype, 0)
     out = x.new_empty(x.shape, dtype=torch.uint8) if out_fp8 else cast_fake(x, dtype)
     N = x.numel()
     launch(

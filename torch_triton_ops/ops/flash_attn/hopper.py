@@ -40,6 +40,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
+from torch_triton_ops.attention_hopper import (
+    ROWS,
+    hand_over_turn,
+    mask_scores,
+    partial_row_sum,
+    publish_tile,
+    read_tile,
+    tile_place,
+    wait_for_turn,
+)
 from torch_triton_ops.launch import (
     Descriptor,
     NotInlinable,
@@ -51,9 +61,6 @@ from torch_triton_ops.launch import (
     descriptor,
     sm_count,
 )
-
-# Query rows of one consumer: what one warpgroup's matrix product takes.
-ROWS = gl.constexpr(64)
 
 # --------------------------------------------------------------------------------------------------------------------
 # What the producer and the consumers share
@@ -138,20 +145,6 @@ class _Forward:
 
 
 @gluon.jit
-def _tile_place(x, tile):
-    """Tile number -> (row block, batch, head).
-
-    Heads are taken `section` at a time, so that their K and V stay in L2. Inside a section the last row blocks come first:
-    under a causal mask they are the longest.
-    """
-    first = tile // (x.num_blocks * x.section) * x.section
-    width = gl.minimum(x.section, x.BH - first)
-    rest = tile % (x.num_blocks * x.section)
-    bh = first + rest % width
-    return x.num_blocks - 1 - rest // width, bh // x.H, bh % x.H
-
-
-@gluon.jit
 def _key_blocks(x, start_m, BLOCK_M: gl.constexpr):
     """Rows start_m .. start_m + BLOCK_M need key blocks begin .. end; of these full_begin .. full_end need no mask.
 
@@ -177,89 +170,9 @@ def _key_blocks(x, start_m, BLOCK_M: gl.constexpr):
     return begin, full_begin, full_end, end
 
 
-# The producer is the scheduler too. It tells the consumers their next tile through shared memory (two slots, so that it can
-# run ahead); row block -1 means that there is none. So the consumers do no integer divisions.
-
-
-@gluon.jit
-def _publish_tile(x, n, block_m, b, h):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    slot = n % 2
-    mbarrier.wait(x.tile_empty.index(slot), ((n // 2) & 1) ^ 1)
-    x.tile.index(slot * 4 + 0).store(gl.full([1], block_m, gl.int32, layout))
-    x.tile.index(slot * 4 + 1).store(gl.full([1], b, gl.int32, layout))
-    x.tile.index(slot * 4 + 2).store(gl.full([1], h, gl.int32, layout))
-    mbarrier.arrive(x.tile_full.index(slot))
-
-
-@gluon.jit
-def _take_tile(x, n):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    slot = n % 2
-    mbarrier.wait(x.tile_full.index(slot), (n // 2) & 1)
-    block_m = gl.max(x.tile.index(slot * 4 + 0).load(layout), 0)
-    b = gl.max(x.tile.index(slot * 4 + 1).load(layout), 0)
-    h = gl.max(x.tile.index(slot * 4 + 2).load(layout), 0)
-    mbarrier.arrive(x.tile_empty.index(slot))
-    return block_m, b, h
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Taking turns (PING_PONG): consumer c owns named barrier 9 + c (Triton itself uses low numbers). It waits there for its
-# turn, issues its matrix products and hands the turn on. 256 threads: the one group that waits, the one that arrives. The
-# unused output keeps the inline PTX in the program.
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@gluon.constexpr_function
-def _named_barrier(op, consumer):
-    return f"bar.{op} {9 + consumer}, 256; // dummy $0"
-
-
-@gluon.jit
-def _wait_for_turn(CONSUMER: gl.constexpr):
-    asm: gl.constexpr = _named_barrier("sync", CONSUMER)
-    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _hand_over_turn(CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
-    asm: gl.constexpr = _named_barrier("arrive", (CONSUMER + 1) % CONSUMERS)
-    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Softmax
 # --------------------------------------------------------------------------------------------------------------------
-
-
-@gluon.jit
-def _mask_scores(x, s, limit, first, start_n):
-    """Scores of keys at or past limit[row], in a window also of those before first[row], become -inf.
-
-    Compare and select are fused in one asm block for each element. With gl.where, ptxas computes all 64 predicates early,
-    packs them into bit masks and unpacks them again: 200 more instructions a block of keys.
-    """
-    offs_n = start_n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-    if x.HAS_FIRST:
-        return gl.inline_asm_elementwise(
-            "{ .reg .pred visible; setp.lt.s32 visible, $2, $3; setp.ge.and.s32 visible, $2, $4, visible; "
-            "selp.f32 $0, $1, 0fFF800000, visible; }",
-            "=f,f,r,r,r",
-            [s, offs_n[None, :], limit[:, None], first[:, None]],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "{ .reg .pred visible; setp.lt.s32 visible, $2, $3; selp.f32 $0, $1, 0fFF800000, visible; }",
-            "=f,f,r,r",
-            [s, offs_n[None, :], limit[:, None]],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=1,
-        )
 
 
 @gluon.jit
@@ -287,7 +200,7 @@ def _softmax_step(x, s, m, limit, first, start_n, MASKED: gl.constexpr, LAZY: gl
     if x.HAS_SOFTCAP:
         s = tanh(s, x.cap_scale)
     if MASKED:
-        s = _mask_scores(x, s, limit, first, start_n)
+        s = mask_scores(s, limit, first, start_n, x.HAS_FIRST)
     m_new = gl.maximum(m, gl.max(s, 1) * x.scale_log2)
     if LAZY:
         m_new = gl.where(m_new - m > 8.0, m_new, m)
@@ -330,13 +243,6 @@ def _rescale(acc, alpha, LAZY: gl.constexpr):
         )
     else:
         return acc * alpha
-
-
-@gluon.jit
-def _partial_row_sum(p):
-    """Sums of the columns that one thread holds: (ROWS, 4). No shuffles; the 4 lanes of a row are added once for each tile.
-    An accumulator's column is 8 * j + 2 * (lane % 4) + e, so j and e are in one thread."""
-    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
 
 
 # P is carried from one step to the next as pairs packed into int32. Carried in 16 bits, every element takes a register of its
@@ -397,8 +303,8 @@ def _producer(x):
     n = 0  # tiles begun by this program
     step = 0  # steps of the ring, over all tiles
     while tile < tiles:
-        block_m, b, h = _tile_place(x, tile)
-        _publish_tile(x, n, block_m, b, h)
+        block_m, b, h = tile_place(x, tile)
+        publish_tile(x, n, block_m, b, h)
         h_kv = h // x.heads_per_kv
         begin, _, _, end = _key_blocks(x, block_m * BLOCK_M, BLOCK_M)
 
@@ -436,7 +342,7 @@ def _producer(x):
             gl.store(x.counter_ptr, 0)
         tile = ticket + gl.num_programs(0)
         n += 1
-    _publish_tile(x, n, -1, 0, 0)
+    publish_tile(x, n, -1, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -487,15 +393,15 @@ def _consumer_step(
     slot = step % x.STAGES
     mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
     if x.PING_PONG:
-        _wait_for_turn(CONSUMER)
+        wait_for_turn(CONSUMER)
     s_token = _issue_scores(x, slot, zero, CONSUMER)
     acc, tail = _issue_pv(x, slot, p_packed, acc, tail)
     if x.PING_PONG:
-        _hand_over_turn(CONSUMER, x.CONSUMERS)
+        hand_over_turn(CONSUMER, x.CONSUMERS)
 
     s = warpgroup_mma_wait(2 if x.TAIL else 1, [s_token])  # S is ready, PV may still run
     p, alpha, m = _softmax_step(x, s, m, limit, first, start_n, MASKED, x.LAZY)
-    row_sum = _partial_row_sum(p)
+    row_sum = partial_row_sum(p)
     l = l * gl.convert_layout(alpha, gl.SliceLayout(1, row_sum.type.layout))[:, None] + row_sum
     acc, tail = _wait_for_pv(x, acc, tail)
     mbarrier.arrive(x.empty.index(slot))
@@ -529,8 +435,9 @@ def _consumer(x, CONSUMER: gl.constexpr):
     n = 0
     step = 0
     if x.PING_PONG and CONSUMER == x.CONSUMERS - 1:
-        _hand_over_turn(CONSUMER, x.CONSUMERS)  # consumer 0 goes first
-    block_m, b, h = _take_tile(x, n)
+        hand_over_turn(CONSUMER, x.CONSUMERS)  # consumer 0 goes first
+    block_m, b, h = read_tile(x, n)
+    mbarrier.arrive(x.tile_empty.index(n % 2))
     while block_m >= 0:
         start_m = block_m * BLOCK_M + CONSUMER * ROWS
         offs_m = start_m + gl.arange(0, ROWS, layout=s_row)
@@ -550,8 +457,8 @@ def _consumer(x, CONSUMER: gl.constexpr):
                 slot = step % x.STAGES
                 mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
                 if x.PING_PONG:
-                    _wait_for_turn(CONSUMER)
-                    _hand_over_turn(CONSUMER, x.CONSUMERS)
+                    wait_for_turn(CONSUMER)
+                    hand_over_turn(CONSUMER, x.CONSUMERS)
                 mbarrier.arrive(x.empty.index(slot))
                 step += 1
 
@@ -560,15 +467,15 @@ def _consumer(x, CONSUMER: gl.constexpr):
         slot = step % x.STAGES
         mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
         if x.PING_PONG:
-            _wait_for_turn(CONSUMER)
+            wait_for_turn(CONSUMER)
         s_token = _issue_scores(x, slot, zero, CONSUMER)
         if x.PING_PONG:
-            _hand_over_turn(CONSUMER, x.CONSUMERS)
+            hand_over_turn(CONSUMER, x.CONSUMERS)
         s = warpgroup_mma_wait(0, [s_token])
         mbarrier.arrive(x.empty.index(slot))
         m = gl.full([ROWS], -float("inf"), gl.float32, s_row)  # running maximum of each row, units of log 2
         p, _, m = _softmax_step(x, s, m, limit, first, (end - 1) * x.BLOCK_N, FIRST_MASKED, False)
-        l = _partial_row_sum(p)  # running sum of each row
+        l = partial_row_sum(p)  # running sum of each row
         p_packed = _pack_p(p, dtype)
         acc = gl.full([ROWS, x.q.shape[2]], 0.0, gl.float32, acc_layout)
         if x.TAIL:
@@ -627,8 +534,8 @@ def _consumer(x, CONSUMER: gl.constexpr):
             for _ in range(begin - tile_begin):
                 slot = step % x.STAGES
                 if x.PING_PONG:
-                    _wait_for_turn(CONSUMER)
-                    _hand_over_turn(CONSUMER, x.CONSUMERS)
+                    wait_for_turn(CONSUMER)
+                    hand_over_turn(CONSUMER, x.CONSUMERS)
                 mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
                 mbarrier.arrive(x.empty.index(slot))
                 step += 1
@@ -654,10 +561,11 @@ def _consumer(x, CONSUMER: gl.constexpr):
             tma.store_wait(0)
             mbarrier.arrive(x.q_empty.index(CONSUMER))
         n += 1
-        block_m, b, h = _take_tile(x, n)
+        block_m, b, h = read_tile(x, n)
+        mbarrier.arrive(x.tile_empty.index(n % 2))
     tma.store_wait(0)
     if x.PING_PONG and CONSUMER == 0:
-        _wait_for_turn(CONSUMER)  # take the last hand-over, so that the barrier's counts balance
+        wait_for_turn(CONSUMER)  # take the last hand-over, so that the barrier's counts balance
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -680,7 +680,7 @@ def backward(
     accumulate(q, k, v, dout, rows, sums, dk, dv)
     cast(sums, dq)
     if sinks is not None and dsinks is not None:
-        sum_over_queries(dsinks, rows, None, sinks.contiguous(), None, B, H, Sq, blocks * block_m, queries)
+        sum_over_queries(dsinks, rows, None, sinks.contiguous(), None, B, H, Sq, blocks * block_m, queries, False)
 
 
 _plans = Plans()

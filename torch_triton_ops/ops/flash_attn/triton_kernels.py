@@ -20,6 +20,8 @@ import triton.language as tl
 from torch_triton_ops.launch import INTERPRET, capability, cdiv, launch, next_power_of_2
 from torch_triton_ops.special import exp_fp32
 
+_INTERPRETED = tl.constexpr(INTERPRET)
+
 # --------------------------------------------------------------------------------------------------------------------
 # Kernels: parts that all of them use
 # --------------------------------------------------------------------------------------------------------------------
@@ -107,25 +109,24 @@ def _add_terms(
 
 
 @triton.jit
-def _sequence(cu_ptr, b, S):
-    """First row and length of sequence b: of packed sequences, whose starts are at cu_ptr, or of one among B of length S."""
-    if cu_ptr is None:
-        return 0, S
-    else:
-        start = tl.load(cu_ptr + b)
-        return start.to(tl.int64), (tl.load(cu_ptr + b + 1) - start).to(tl.int32)
+def _sequence(start, end):
+    """First row and length of one of several packed sequences, from two neighbours of cu_seqlens.
+
+    The kernels load them themselves: torch.compile takes a pointer given to a function that computes an address for written.
+    """
+    return start.to(tl.int64), (end - start).to(tl.int32)
 
 
 @triton.jit
-def _first_row(cu_q_ptr, q_start, b, h, H, Sq_padded):
+def _first_row(q_start, b, h, H, Sq_padded, PACKED: tl.constexpr):
     """Where the rows of one head of one sequence begin in a plane of the backward's rows, padded to 128 (_ROW_PADDING).
 
     Packed sequences: Sq_padded is the length of all of them, with 128 more for each; every one begins at a multiple of 128.
     """
-    if cu_q_ptr is None:
-        return (b * H + h) * Sq_padded
-    else:
+    if PACKED:
         return h * Sq_padded + (q_start + b * 128) // 128 * 128
+    else:
+        return (b * H + h) * Sq_padded
 
 
 @triton.jit
@@ -253,9 +254,11 @@ def _flash_attn_fwd_kernel(
     """out and lse of one block of queries. Packed sequences: Sq and Skv are the longest, Tq the rows of all."""
     HAS_ALIBI: tl.constexpr = alibi_ptr is not None
     b, h, start_m = _head_and_block(tl.program_id(0), Sq, H, BH, GROUP, BLOCK_M, HAS_RIGHT)
-    q_start, Sq = _sequence(cu_q_ptr, b, Sq)
-    k_start, Skv = _sequence(cu_k_ptr, b, Skv)
-    if cu_q_ptr is not None:  # noqa: SIM102 (a constexpr, then a run-time value)
+    q_start = 0
+    k_start = 0
+    if cu_q_ptr is not None:
+        q_start, Sq = _sequence(tl.load(cu_q_ptr + b), tl.load(cu_q_ptr + b + 1))
+        k_start, Skv = _sequence(tl.load(cu_k_ptr + b), tl.load(cu_k_ptr + b + 1))
         if start_m >= Sq:
             return
     q_ptr += b * stride_qb + h * stride_qh + q_start * stride_qm
@@ -339,7 +342,9 @@ def _flash_attn_bwd_rows_kernel(
     start_m = tl.program_id(0) % num_blocks * BLOCK_M
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
-    q_start, Sq = _sequence(cu_q_ptr, b, Sq)
+    q_start = 0
+    if cu_q_ptr is not None:
+        q_start, Sq = _sequence(tl.load(cu_q_ptr + b), tl.load(cu_q_ptr + b + 1))
     out_ptr += b * stride_ob + h * stride_oh + q_start * stride_om
     dout_ptr += b * stride_db + h * stride_dh + q_start * stride_dm
     out = _load_rows(out_ptr, start_m, stride_om, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, True)
@@ -348,7 +353,7 @@ def _flash_attn_bwd_rows_kernel(
     lse_ptr += (b * H + h) * Sq if cu_q_ptr is None else h * Tq + q_start
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < Sq, other=float("-inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-    rows_ptr += _first_row(cu_q_ptr, q_start, b, h, H, Sq_padded)
+    rows_ptr += _first_row(q_start, b, h, H, Sq_padded, cu_q_ptr is not None)
     mask_m = offs_m < tl.cdiv(Sq, 128) * 128  # a shorter sequence than the longest ends before
     tl.store(rows_ptr + offs_m, lse, mask=mask_m)
     tl.store(rows_ptr + tl.cast(plane, tl.int64) + offs_m, tl.sum(out * dout, 1), mask=mask_m)
@@ -366,7 +371,10 @@ def _dkdv_step(
     """One block of queries. Everything is computed transposed, (BLOCK_N, BLOCK_M), so that no accumulator is transposed."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = _load_rows(q_ptr, start_m, stride_qm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, UPCAST)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+    if _INTERPRETED:  # norm is the sum of these scores, and numpy, unlike a GPU, rounds a transposed product otherwise
+        s = tl.trans(tl.dot(q, tl.trans(k)))  # (BLOCK_N, BLOCK_M)
+    else:
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
     if SOFTCAP > 0:
         s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32)
     UNIT: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
@@ -413,9 +421,11 @@ def _flash_attn_bwd_dkdv_kernel(
     NEEDS_DV: tl.constexpr = dv_ptr is not None
     HAS_ALIBI: tl.constexpr = alibi_ptr is not None
     b, h, start_n = _head_and_block(tl.program_id(0), Skv, H, BH, GROUP, BLOCK_N, False)
-    q_start, Sq = _sequence(cu_q_ptr, b, Sq)
-    k_start, Skv = _sequence(cu_k_ptr, b, Skv)
-    if cu_k_ptr is not None:  # noqa: SIM102 (a constexpr, then a run-time value)
+    q_start = 0
+    k_start = 0
+    if cu_q_ptr is not None:
+        q_start, Sq = _sequence(tl.load(cu_q_ptr + b), tl.load(cu_q_ptr + b + 1))
+        k_start, Skv = _sequence(tl.load(cu_k_ptr + b), tl.load(cu_k_ptr + b + 1))
         if start_n >= Skv:
             return
     # rows beyond Skv are computed from zeros and not stored; nothing else depends on them
@@ -440,7 +450,7 @@ def _flash_attn_bwd_dkdv_kernel(
         hq = h * HEADS_PER_KV + g
         q_head_ptr = q_ptr + b * stride_qb + hq * stride_qh + q_start * stride_qm
         dout_head_ptr = dout_ptr + b * stride_db + hq * stride_dh + q_start * stride_dm
-        rows_head_ptr = rows_ptr + _first_row(cu_q_ptr, q_start, b, hq, H * HEADS_PER_KV, Sq_padded)
+        rows_head_ptr = rows_ptr + _first_row(q_start, b, hq, H * HEADS_PER_KV, Sq_padded, cu_q_ptr is not None)
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(alibi_ptr + b * stride_ab + hq).to(tl.float32) * LOG2E
@@ -517,19 +527,21 @@ def _flash_attn_bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     LOG2E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ONLY_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries: the forward's loop over the keys. ONLY_ROWS: two sums over the keys instead, for fp32.
+    """dq of one block of queries: the forward's loop over the keys. ONLY_ROWS: two sums over the keys instead.
 
     The sum of P * dP is delta, too, but dP - delta then cancels as exactly as in eager attention. The sum of P, with the
-    sink's, is 1 but for the rounding of lse, which grows with the scores and is common to a row: 1 / sum takes it back.
+    sink's, is 1 but for the rounding of lse, which grows with the scores and is common to a row: in fp32 1 / sum takes it back.
 
     dalibi_ptr, a plane like those of rows, gets each query's part of the slope's gradient.
     """
     HAS_ALIBI: tl.constexpr = alibi_ptr is not None
     NEEDS_DALIBI: tl.constexpr = dalibi_ptr is not None
     b, h, start_m = _head_and_block(tl.program_id(0), Sq, H, BH, GROUP, BLOCK_M, HAS_RIGHT)
-    q_start, Sq = _sequence(cu_q_ptr, b, Sq)
-    k_start, Skv = _sequence(cu_k_ptr, b, Skv)
-    if cu_q_ptr is not None:  # noqa: SIM102 (a constexpr, then a run-time value)
+    q_start = 0
+    k_start = 0
+    if cu_q_ptr is not None:
+        q_start, Sq = _sequence(tl.load(cu_q_ptr + b), tl.load(cu_q_ptr + b + 1))
+        k_start, Skv = _sequence(tl.load(cu_k_ptr + b), tl.load(cu_k_ptr + b + 1))
         if start_m >= Sq:
             return
     k_ptr += b * stride_kb + h // HEADS_PER_KV * stride_kh + k_start * stride_kn
@@ -544,7 +556,7 @@ def _flash_attn_bwd_dq_kernel(
     if bias_ptr is not None:
         bias_ptr += b * stride_bb + h * stride_bh
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    first_row = _first_row(cu_q_ptr, q_start, b, h, H, Sq_padded)
+    first_row = _first_row(q_start, b, h, H, Sq_padded, cu_q_ptr is not None)
     rows_ptr += first_row
     plane = tl.cast(plane, tl.int64)
     lse = tl.load(rows_ptr + offs_m)
@@ -696,13 +708,15 @@ def _flash_attn_bwd_dbias_kernel(
 def _flash_attn_bwd_heads_kernel(
     rows_ptr, dalibi_ptr, sinks_ptr, cu_q_ptr, sums_ptr,
     Sq, Sq_padded, H, plane,
-    BLOCK_M: tl.constexpr, LOG2E: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, LOG2E: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one head's slope or, with sinks, sink, of one sequence: a sum over its queries. EXACT_ROWS: as in fp32."""
+    """Gradient of one head's slope or, with sinks, sink, of one sequence: a sum over its queries. FP32: of q."""
     bh = tl.program_id(0)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    q_start, Sq = _sequence(cu_q_ptr, b, Sq)
-    first_row = _first_row(cu_q_ptr, q_start, b, h, H, Sq_padded)
+    q_start = 0
+    if cu_q_ptr is not None:
+        q_start, Sq = _sequence(tl.load(cu_q_ptr + b), tl.load(cu_q_ptr + b + 1))
+    first_row = _first_row(q_start, b, h, H, Sq_padded, cu_q_ptr is not None)
     plane = tl.cast(plane, tl.int64)
     rows_ptr += first_row
     if sinks_ptr is not None:
@@ -715,8 +729,8 @@ def _flash_attn_bwd_heads_kernel(
         mask_m = offs_m < Sq
         if sinks_ptr is not None:
             x = sink - tl.load(rows_ptr + offs_m, mask=mask_m, other=float("inf"))
-            p = exp_fp32(x) if EXACT_ROWS else tl.exp2(x)
-            if EXACT_ROWS:
+            p = exp_fp32(x) if FP32 else tl.exp2(x)
+            if FP32:
                 p *= tl.load(rows_ptr + 2 * plane + offs_m, mask=mask_m, other=0.0)
             acc -= p * tl.load(rows_ptr + plane + offs_m, mask=mask_m, other=0.0)
         else:
@@ -962,9 +976,11 @@ def backward(
     call = _Call(q, k, v, options)
     B, H, Hkv, Sq, Skv = call.B, call.H, call.Hkv, call.Sq, call.Skv
     strides = call.strides(dout, q, k, v)
-    exact_rows = q.dtype == torch.float32
+    # The slope's gradient sums P * (dP - delta) times distances, so that a delta of the rounded out would be all that is left.
+    fp32 = q.dtype == torch.float32
+    exact_rows = fp32 or dalibi is not None
 
-    # One row per query in each plane: lse in the unit of the scores, delta, and for fp32 1 / (sum of P).
+    # One row per query in each plane: lse in the unit of the scores, delta, and with exact rows 1 / (sum of P).
     if call.packed:
         padded = cdiv(q.shape[0], _ROW_PADDING) * _ROW_PADDING + B * _ROW_PADDING
         plane = H * padded
@@ -1050,7 +1066,7 @@ def backward(
     for gradient, sinks in ((dalibi, None), (dsinks, call.sinks)):
         if gradient is not None:
             own_rows = slope_rows if sinks is None else None
-            sum_over_queries(gradient, rows, own_rows, sinks, call.cu[0], B, H, Sq, padded, plane)
+            sum_over_queries(gradient, rows, own_rows, sinks, call.cu[0], B, H, Sq, padded, plane, fp32)
 
 
 def sum_over_queries(
@@ -1064,10 +1080,10 @@ def sum_over_queries(
     Sq: int,
     padded: int,
     plane: int,
+    fp32: bool,
 ) -> None:
     """Write the gradient of the slopes, from each query's part of it, or that of the sinks, from rows: planes of `plane` numbers,
     `padded` for each head (see `backward`)."""
-    exact_rows = rows.shape[0] == 3
     sums = rows.new_empty((B, H))
     launch(
         _flash_attn_bwd_heads_kernel,
@@ -1075,8 +1091,8 @@ def sum_over_queries(
         *(rows, slope_rows, sinks, cu_q, sums, Sq, padded, H, plane),
         num_warps=4,
         BLOCK_M=1024,
-        LOG2E=1.0 if exact_rows else 1.4426950408889634,
-        EXACT_ROWS=exact_rows,
+        LOG2E=1.0 if fp32 else 1.4426950408889634,
+        FP32=fp32,
     )
     per_batch = gradient.dim() == 2
     columns = B * H if per_batch else H

@@ -35,10 +35,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
+from torch_triton_ops.attention_hopper import (
+    ROWS,
+    hand_over_turn,
+    mask_scores,
+    partial_row_sum,
+    publish_tile,
+    read_tile,
+    tile_place,
+    wait_for_turn,
+)
 from torch_triton_ops.launch import Descriptor, can_describe, cdiv, descriptor, launch, next_power_of_2, sm_count
-
-# Query rows of one consumer: what one warpgroup's matrix product takes.
-ROWS = gl.constexpr(64)
 
 # --------------------------------------------------------------------------------------------------------------------
 # The first kernel: v transposed, the factors of each head, the counter
@@ -170,16 +177,6 @@ class _Forward:
 
 
 @gluon.jit
-def _tile_place(x, tile):
-    """Tile number -> (row block, batch, head): `section` heads at a time, in them the last row blocks first."""
-    first = tile // (x.num_blocks * x.section) * x.section
-    width = gl.minimum(x.section, x.BH - first)
-    rest = tile % (x.num_blocks * x.section)
-    bh = first + rest % width
-    return x.num_blocks - 1 - rest // width, bh // x.H, bh % x.H
-
-
-@gluon.jit
 def _key_blocks(x, start_m, BLOCK_M: gl.constexpr):
     """Rows start_m .. start_m + BLOCK_M need key blocks 0 .. end, at least one; of these 0 .. full need no mask."""
     last_key = x.Skv
@@ -191,86 +188,21 @@ def _key_blocks(x, start_m, BLOCK_M: gl.constexpr):
     return end, gl.minimum(full, end - 1)
 
 
-@gluon.jit
-def _publish_tile(x, n, block_m, b, h):
-    """The producer tells the consumers their next tile in one of two slots; row block -1: there is none."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    slot = n % 2
-    mbarrier.wait(x.tile_empty.index(slot), ((n // 2) & 1) ^ 1)
-    x.tile.index(slot * 4 + 0).store(gl.full([1], block_m, gl.int32, layout))
-    x.tile.index(slot * 4 + 1).store(gl.full([1], b, gl.int32, layout))
-    x.tile.index(slot * 4 + 2).store(gl.full([1], h, gl.int32, layout))
-    mbarrier.arrive(x.tile_full.index(slot))
-
-
-@gluon.jit
-def _read_tile(x, n):
-    """Row block, batch, head. A consumer reads them again at a tile's end: the loop over keys needs all registers."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    slot = n % 2
-    mbarrier.wait(x.tile_full.index(slot), (n // 2) & 1)
-    block_m = gl.max(x.tile.index(slot * 4 + 0).load(layout), 0)
-    b = gl.max(x.tile.index(slot * 4 + 1).load(layout), 0)
-    h = gl.max(x.tile.index(slot * 4 + 2).load(layout), 0)
-    return block_m, b, h
-
-
-# PING_PONG: consumers take turns on the tensor cores. Consumer c waits at named barrier 9 + c, and its predecessor arrives there.
-
-
-@gluon.constexpr_function
-def _named_barrier(op, consumer):
-    return f"bar.{op} {9 + consumer}, 256; // dummy $0"
-
-
-@gluon.jit
-def _wait_for_turn(CONSUMER: gl.constexpr):
-    asm: gl.constexpr = _named_barrier("sync", CONSUMER)
-    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _hand_over_turn(CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
-    asm: gl.constexpr = _named_barrier("arrive", (CONSUMER + 1) % CONSUMERS)
-    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Softmax
 # --------------------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def _mask_scores(s, limit, start_n):
-    """Scores of keys at or past limit[row] become -inf: compare and select fused, as gl.where packs and unpacks predicates."""
-    offs_n = start_n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred visible; setp.lt.s32 visible, $2, $3; selp.f32 $0, $1, 0fFF800000, visible; }",
-        "=f,f,r,r",
-        [s, offs_n[None, :], limit[:, None]],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _softmax_step(s, m, unit, limit, start_n, MASKED: gl.constexpr):
     """(2^8 P, the factor for everything accumulated so far, the new maximum m); s is (ROWS, BLOCK_N), m in units of log 2."""
     if MASKED:
-        s = _mask_scores(s, limit, start_n)
+        s = mask_scores(s, limit, limit, start_n, False)
     m_new = gl.maximum(m, gl.max(s, 1) * unit)
     shift = m_new
     if MASKED:  # a row that has seen no key yet: subtract 0, as -inf - -inf is NaN
         shift = gl.where(m_new == -float("inf"), 0.0, m_new)
     return gl.exp2(s * unit - (shift - 8.0)[:, None]), gl.exp2(m - shift), m_new
-
-
-@gluon.jit
-def _partial_row_sum(p):
-    """Sums of the columns that one thread holds: (ROWS, 4). No shuffles; the 4 lanes of a row are added once for each tile.
-    An accumulator's column is 8 * j + 2 * (lane % 4) + e, so j and e are in one thread."""
-    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
 
 
 # Of 16 columns, lane l of a row's 4 holds 2 l, 2 l + 1, 8 + 2 l and 8 + 2 l + 1 in the accumulator, and places 4 l to 4 l + 3 in
@@ -329,8 +261,8 @@ def _producer(x):
     n = 0  # tiles begun by this program
     step = 0  # steps of the ring, over all tiles
     while tile < tiles:
-        block_m, b, h = _tile_place(x, tile)
-        _publish_tile(x, n, block_m, b, h)
+        block_m, b, h = tile_place(x, tile)
+        publish_tile(x, n, block_m, b, h)
         h_kv = h // x.heads_per_kv
         end, _ = _key_blocks(x, block_m * BLOCK_M, BLOCK_M)
 
@@ -364,7 +296,7 @@ def _producer(x):
         # The next tile: program p began with tile p.
         tile = gl.atomic_add(x.counter_ptr, 1) + gl.num_programs(0)
         n += 1
-    _publish_tile(x, n, -1, 0, 0)
+    publish_tile(x, n, -1, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -394,15 +326,15 @@ def _consumer_step(
     slot = step % x.STAGES
     mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
     if x.PING_PONG:
-        _wait_for_turn(CONSUMER)
+        wait_for_turn(CONSUMER)
     s_token = _issue_scores(x, slot, zero, CONSUMER)
     pv_token = _issue_pv(x, slot, p_packed, zero_out)
     if x.PING_PONG:
-        _hand_over_turn(CONSUMER, x.CONSUMERS)
+        hand_over_turn(CONSUMER, x.CONSUMERS)
 
     s = warpgroup_mma_wait(1, [s_token])  # S is ready, P V may still run
     p, alpha_next, m = _softmax_step(s, m, unit, limit, start_n, MASKED)
-    row_sum = _partial_row_sum(p)
+    row_sum = partial_row_sum(p)
     l = l * gl.convert_layout(alpha_next, gl.SliceLayout(1, row_sum.type.layout))[:, None] + row_sum
     pv = warpgroup_mma_wait(0, [pv_token])
     mbarrier.arrive(x.empty.index(slot))
@@ -428,8 +360,8 @@ def _consumer(x, CONSUMER: gl.constexpr):
     n = 0
     step = 0
     if x.PING_PONG and CONSUMER == x.CONSUMERS - 1:
-        _hand_over_turn(CONSUMER, x.CONSUMERS)  # consumer 0 goes first
-    block_m, b, h = _read_tile(x, n)
+        hand_over_turn(CONSUMER, x.CONSUMERS)  # consumer 0 goes first
+    block_m, b, h = read_tile(x, n)
     while block_m >= 0:
         start_m = block_m * BLOCK_M + CONSUMER * ROWS
         unit = gl.load(x.factors_ptr + (b * x.H + h) * 2)
@@ -443,8 +375,8 @@ def _consumer(x, CONSUMER: gl.constexpr):
                 slot = step % x.STAGES
                 mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
                 if x.PING_PONG:
-                    _wait_for_turn(CONSUMER)
-                    _hand_over_turn(CONSUMER, x.CONSUMERS)
+                    wait_for_turn(CONSUMER)
+                    hand_over_turn(CONSUMER, x.CONSUMERS)
                 mbarrier.arrive(x.empty.index(slot))
                 step += 1
 
@@ -453,15 +385,15 @@ def _consumer(x, CONSUMER: gl.constexpr):
         slot = step % x.STAGES
         mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
         if x.PING_PONG:
-            _wait_for_turn(CONSUMER)
+            wait_for_turn(CONSUMER)
         s_token = _issue_scores(x, slot, zero, CONSUMER)
         if x.PING_PONG:
-            _hand_over_turn(CONSUMER, x.CONSUMERS)
+            hand_over_turn(CONSUMER, x.CONSUMERS)
         s = warpgroup_mma_wait(0, [s_token])
         mbarrier.arrive(x.empty.index(slot))
         m = gl.full([ROWS], -float("inf"), gl.float32, s_row)  # running maximum of each row, units of log 2
         p, alpha, m = _softmax_step(s, m, unit, limit, (end - 1) * x.BLOCK_N, x.MASKED)
-        l = _partial_row_sum(p)  # running sum of each row
+        l = partial_row_sum(p)  # running sum of each row
         p_packed = _pack_p(p)
         acc = gl.full([ROWS, x.HEAD_DIM], 0.0, gl.float32, acc_layout)
         step += 1
@@ -488,7 +420,7 @@ def _consumer(x, CONSUMER: gl.constexpr):
         mbarrier.wait(x.full.index(slot), (step // x.STAGES) & 1)
         pv_token = _issue_pv(x, slot, p_packed, zero_out)
         row_sum = gl.convert_layout(gl.sum(l, 1), s_row)
-        block_m, b, h = _read_tile(x, n)
+        block_m, b, h = read_tile(x, n)
         mbarrier.arrive(x.tile_empty.index(n % 2))
         v_scale = gl.load(x.factors_ptr + (b * x.H + h) * 2 + 1)
         inverse = gl.where(row_sum > 0.0, v_scale / row_sum, 0.0)
@@ -505,10 +437,10 @@ def _consumer(x, CONSUMER: gl.constexpr):
         fence_async_shared()
         tma.async_copy_shared_to_global(x.out_desc, [b, h, block_m * BLOCK_M + CONSUMER * ROWS, 0], out)
         n += 1
-        block_m, b, h = _read_tile(x, n)
+        block_m, b, h = read_tile(x, n)
     tma.store_wait(0)
     if x.PING_PONG and CONSUMER == 0:
-        _wait_for_turn(CONSUMER)  # take the last hand-over, so that the barrier's counts balance
+        wait_for_turn(CONSUMER)  # take the last hand-over, so that the barrier's counts balance
 
 
 # --------------------------------------------------------------------------------------------------------------------
