@@ -95,3 +95,34 @@ def test_special_values_in_the_interpreter() -> None:
     program = [sys.executable, "-W", "ignore", "-c", SPECIAL.format(ops=OPS)]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == OPS, done.stdout + done.stderr[-3000:]
+
+
+# In half precision tanh and gelu are computed by approximations: every value there is, against fp64.
+EVERY_HALF = """
+import torch, torch_triton_ops
+
+# the interpreter cuts fp32 off to bf16 where a GPU rounds
+for dtype, most in (torch.bfloat16, 1.03), (torch.float16, 0.53):
+    x = torch.arange(-2**15, 2**15).to(torch.int16).view(dtype)
+    x = x[(x.abs() >= 4 * torch.finfo(dtype).tiny) & (x.abs() <= 7)]
+    d = x.double()
+    cases = {
+        "tanh": (torch.ops.tt.tanh(x), d.tanh()),
+        "gelu": (torch.ops.tt.gelu(x), d * torch.erfc(-d / 2**0.5) / 2),
+        "gelu_tanh": (torch.ops.tt.gelu(x, "tanh"), d * torch.sigmoid(1.5957691216057308 * (d + 0.044715 * d**3))),
+    }
+    for name, (got, exact) in cases.items():
+        info = torch.finfo(dtype)
+        unit = torch.exp2(exact.abs().clamp_min(info.tiny).log2().floor()) * info.eps
+        error = ((got - exact) / unit).abs()
+        assert x.numel() > 20000 and error.max() < most, (dtype, name, error.max(), x[error.argmax()])
+print("done")
+"""
+
+
+def test_every_half_precision_value_is_rounded_nearly_right() -> None:
+    """Half a unit in the last place is the least there can be, one where numbers are cut off."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-W", "ignore", "-c", EVERY_HALF]
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["done"], done.stdout + done.stderr[-3000:]

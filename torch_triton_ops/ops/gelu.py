@@ -31,7 +31,7 @@ from torch_triton_ops import elementwise
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.elementwise import tile, upcast
 from torch_triton_ops.errors import bad_argument
-from torch_triton_ops.special import exp_fp32
+from torch_triton_ops.special import exp2_approx, exp_fp32, normal_cdf_half, reciprocal_approx
 
 
 def gelu_reference(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
@@ -48,9 +48,10 @@ def _sigmoids(x, EXACT: tl.constexpr):
     z = -1.5957691216057308 * (x + 0.044715 * x * x * x)  # -2u
     if EXACT:
         e = exp_fp32(z)
+        s = 1.0 / (1.0 + e)
     else:
-        e = tl.exp(z)
-    s = 1.0 / (1.0 + e)
+        e = exp2_approx(z * 1.4426950408889634)
+        s = reciprocal_approx(1.0 + e)
     return s, tl.where(z > 0, 1.0 - s, e * s)
 
 
@@ -63,8 +64,11 @@ def _gelu_fwd_kernel(
     if TANH:
         s, _ = _sigmoids(x, out_ptr.dtype.element_ty == tl.float32)
         out = x * s
-    else:
+    elif out_ptr.dtype.element_ty == tl.float32:
         out = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        cdf, _ = normal_cdf_half(x)
+        out = x * cdf
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -79,8 +83,11 @@ def _gelu_bwd_kernel(
     if TANH:
         s, rest = _sigmoids(x, dx_ptr.dtype.element_ty == tl.float32)
         slope = s + x * s * rest * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    else:
+    elif dx_ptr.dtype.element_ty == tl.float32:
         slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    else:
+        cdf, e = normal_cdf_half(x)
+        slope = cdf + x * e * 0.3989422804014327
     tl.store(dx_ptr + offs, (dout * slope).to(dx_ptr.dtype.element_ty), mask=mask)
 
 

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch_triton_ops import elementwise
 from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.elementwise import tile, upcast
+from torch_triton_ops.special import tanh_half
 
 
 def tanh_reference(x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,7 @@ def _tanh(x):
 def _tanh_fwd_kernel(x_ptr, out_ptr, B, M, N, xa, xb, xm, xn, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     a, b, m, n, offs, mask = tile(B, M, N, BLOCK_M, BLOCK_N)
     x = upcast(tl.load(x_ptr + a * xa + b * xb + m * xm + n * xn, mask=mask), out_ptr)  # (BLOCK_M, BLOCK_N)
-    out = _tanh(x)
+    out = _tanh(x) if out_ptr.dtype.element_ty == tl.float32 else tanh_half(x)
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
