@@ -472,7 +472,8 @@ def flash_attn_varlen_samples(device: torch.device | str, dtype: torch.dtype) ->
 
     # id, lengths of queries and keys, (Hq, Hkv, D), options
     samples: list[tuple[str, list[int], list[int], tuple[int, int, int], dict[str, Any]]] = [
-        ("causal", [33, 70], [33, 70], (2, 1, 16), {"causal": True}),
+        ("causal", [18, 33], [18, 33], (2, 1, 16), {"causal": True}),
+        ("causal_blocks", [33, 70], [33, 70], (2, 1, 16), {"causal": True}),
         # no queries, no keys, neither; queries that see nothing
         ("zero_lengths", [0, 17, 0, 40, 5], [9, 0, 0, 33, 70], (2, 2, 16), {"causal": True}),
         ("one_query", [1, 1], [40, 1], (2, 1, 17), {}),
@@ -480,10 +481,10 @@ def flash_attn_varlen_samples(device: torch.device | str, dtype: torch.dtype) ->
         ("window", [66, 20], [40, 70], (1, 1, 16), {"window_left": 9, "window_right": 2**31 - 1, "softcap": 3.0}),
         (
             "terms",
-            [40, 0, 24],
-            [64, 7, 24],
-            (4, 2, 16),
-            {"alibi_slopes": randn(3, 4) / 4, "sinks": randn(4), "causal": True, "window_left": 20, "softcap": 5.0},
+            [20, 0, 12],
+            [32, 7, 12],
+            (2, 1, 16),
+            {"alibi_slopes": randn(3, 2) / 4, "sinks": randn(2), "causal": True, "window_left": 10, "softcap": 5.0},
         ),
     ]
     terms = {"alibi_slopes": randn(4) / 16, "sinks": randn(4), "window_left": 99}
