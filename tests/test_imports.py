@@ -30,8 +30,8 @@ FAMILIES = (
     "special",
 )  # what the ops of one family share
 OUTSIDE = ("tests", "bench", "tutorials", "triton_tutorial", "examples")
-# CPU seconds above `import torch`. Measured 0.05; the rest is for a slow machine.
-IMPORT_BUDGET = 0.15
+# CPU seconds above `import torch`. Measured for 61 ops: 0.10, half of it torch's for its tables; the rest is for a slow machine.
+IMPORT_BUDGET = 0.1 + 0.002 * len(torch_triton_ops.specs())
 
 
 def modules() -> list[str]:
@@ -167,7 +167,7 @@ def test_import_is_cheap() -> None:
         times.append(float(python(TIMED)))
         if times[-1] < IMPORT_BUDGET:
             return
-    pytest.fail(f"import torch_triton_ops takes {min(times):.2f} s above torch; the budget is {IMPORT_BUDGET} s")
+    pytest.fail(f"import torch_triton_ops takes {min(times):.2f} s above torch; the budget is {IMPORT_BUDGET:.2f} s")
 
 
 UNTOUCHED = """

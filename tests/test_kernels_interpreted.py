@@ -94,7 +94,7 @@ def interpreter() -> Iterator[Interpreter]:
 def every_dtype() -> Iterator[Any]:
     for spec in registry.specs():
         for dtype in spec.dtypes:
-            # fp16 takes bf16's way through a kernel: a quarter of the samples proves its loads and stores
+            # fp16 takes bf16's way through a kernel: a quarter of the samples, in one layout, proves its loads and stores
             parts = 4 if dtype == torch.float16 and torch.bfloat16 in spec.dtypes else 1
             yield pytest.param(spec, dtype, parts, id=f"{spec.name}-{dtype_name(dtype)}")
 
@@ -105,7 +105,7 @@ def test_kernel(
     spec: registry.OpSpec, dtype: torch.dtype, parts: int, interpreter: Interpreter, tmp_path: Path
 ) -> None:
     """`guard` compares values and gradients of every sample between guard bands, on poisoned memory."""
-    checks = [f"--check={name}" for name in ("guard", "gradients", "strides")]
+    checks = [f"--check={name}" for name in (("guard", "gradients", "strides") if parts == 1 else ("guard",))]
     samples = [f"--dtype={str(dtype).removeprefix('torch.')}", "--part", "0", str(parts)]
     output = tmp_path / "output"
     status = interpreter.run(["--device=cpu", f"--op={spec.qualname}", *samples, *checks], output)

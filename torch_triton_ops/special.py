@@ -38,7 +38,7 @@ def exp2_approx(x):
 
 @triton.jit
 def reciprocal_approx(x):
-    """1 / x in fp32, to one unit in the last place; of a subnormal number infinity. One instruction, where 1.0 / x takes eight."""
+    """1 / x in fp32, to one unit in the last place; infinity of a subnormal number. One instruction; 1.0 / x takes eight."""
     if _INTERPRETED:
         return 1.0 / x
     else:
@@ -50,7 +50,9 @@ def reciprocal_approx(x):
 @triton.jit
 def tanh_half(x):
     """tanh of fp32 values for a result in half precision: to 2^-17 of itself."""
-    far = 1.0 - 2.0 * reciprocal_approx(1.0 + exp2_approx(x * 2.8853900817779268))  # 2 / (1 + e^2x) is right at +-inf too
+    far = 1.0 - 2.0 * reciprocal_approx(
+        1.0 + exp2_approx(x * 2.8853900817779268)
+    )  # 2 / (1 + e^2x) is right at +-inf too
     s = x * x  # near 0 the difference would cancel: x + x^3 p(x^2), least maximum error on [0, 0.3]
     near = x + x * s * (0.126827327 * s - 0.333154215)
     return tl.where(tl.abs(x) < 0.3, near, far)
