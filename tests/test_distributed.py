@@ -152,6 +152,35 @@ def cases() -> Iterator[Case]:
     yield Case("cross_entropy_sum_3d", ce, logits(2, 3, 9), "S0 S0", "P", {"reduction": "sum"})
     yield Case("cross_entropy_uneven", ce, logits(5, 9), "S0 S0", "P", {"reduction": "sum", "z_loss": 0.1})
     # same shapes and placements as "sum": nothing but the option differs
+    pairs = lambda: tuple(randn(4) for _ in range(2))
+    four = lambda: (*pairs(), torch.randn(4), torch.randn(4))
+    for reduction, result in ("none", "S0"), ("sum", "P"):
+        own = {"reduction": reduction}
+        yield Case(f"huber_loss_{reduction}", "huber_loss", lambda: (randn(5, 3), randn(5, 3)), "S0 S0", result, own)
+        yield Case(
+            f"focal_loss_{reduction}", "focal_loss", lambda: (randn(4, 9), torch.rand(4, 9)), "S0 S0", result, own
+        )
+        yield Case(f"bradley_terry_loss_{reduction}", "bradley_terry_loss", pairs, "S0 S0", result, own)
+        for name in ("cpo_loss", "simpo_loss", "orpo_loss"):
+            likely = lambda: tuple((-torch.rand(4) - 0.1).requires_grad_() for _ in range(2))
+            yield Case(f"{name}_{reduction}", name, likely, "S0 S0", f"{result} S0 S0", own)
+        kto = lambda: (randn(4), torch.randn(4), torch.tensor([True, False, True, True]), torch.tensor([0.1]))
+        yield Case(f"kto_loss_{reduction}", "kto_loss", kto, "S0 S0 S0 R", f"{result} S0", own)
+        yield Case(f"dpo_loss_{reduction}", "dpo_loss", four, "S0 S0 S0 S0", f"{result} S0 S0", own)
+        distributions = lambda: (randn(6, 9), randn(6, 9))
+        for name in ("kl_div", "js_div"):
+            yield Case(f"{name}_{reduction}", name, distributions, "S0 S0", result, own)
+    cube = lambda: (randn(2, 3, 9), randn(2, 3, 9))
+    yield Case("kl_div_3d", "kl_div", cube, "S0 S0", "P", {"reduction": "sum"})
+    # sorted over all pairs: whole
+    aot = {"reduction": "none", "loss_type": "aot"}
+    yield Case("dpo_loss_aot", "dpo_loss", four, "S0 S0 S0 S0", "R R R", aot, local=False)
+    yield Case("kl_div_mean", "kl_div", distributions, "S0 S0", "R", local=False)
+    heads = lambda: tuple(torch.randn(2, n, 5, 16).to(torch.float8_e4m3fn) for n in (4, 2, 2))
+    scales = lambda *batch: tuple(torch.rand(*batch, n) for n in (4, 2, 2))
+    fp8, out = "flash_attn_fp8", {"out_dtype": torch.float32}
+    yield Case("flash_attn_fp8_batch", fp8, lambda: heads() + scales(2), "S0 S0 S0 S0 S0 S0", "S0", out)
+    yield Case("flash_attn_fp8_heads", fp8, lambda: heads() + scales(), "S1 S1 S1 S0 S0 S0", "S1", out)
     yield Case("cross_entropy_mean", ce, logits(4, 9), "S0 S0", "R", {"reduction": "mean", "softcap": 5.0}, local=False)
 
 
@@ -166,6 +195,15 @@ def placement(word: str) -> Any:
     return {"R": Replicate(), "P": Partial("sum")}.get(word) or Shard(int(word[1:]))
 
 
+def place(x: torch.Tensor, mesh: Any, where: Any) -> Any:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if x.dtype == torch.float8_e4m3fn:  # gloo does not send it; every rank has the whole
+        part = x.chunk(RANKS, where.dim)[mesh.get_rank()] if where.is_shard() else x
+        return DTensor.from_local(part, mesh, [where], run_check=False)
+    return distribute_tensor(x.detach(), mesh, [where]).requires_grad_(x.requires_grad)
+
+
 def run_case(case: Case, mesh: Any) -> str | None:
     """None if all is well, else what is wrong."""
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -176,9 +214,7 @@ def run_case(case: Case, mesh: Any) -> str | None:
     args = case.make()
     words = case.placements.split()
     placed = [
-        distribute_tensor(arg.detach(), mesh, [placement(word)]).requires_grad_(arg.requires_grad)
-        if isinstance(arg, torch.Tensor)
-        else arg
+        place(arg, mesh, placement(word)) if isinstance(arg, torch.Tensor) else arg
         for arg, word in zip(args, words, strict=True)
     ]
     as_tuple = lambda out: out if isinstance(out, tuple) else (out,)
@@ -196,8 +232,10 @@ def run_case(case: Case, mesh: Any) -> str | None:
         torch.testing.assert_close(c.full_tensor(), a)
         if b.placements != c.placements:
             return f"without autograd placed {c.placements}, with it {b.placements}"
-    if not want[0].is_floating_point():  # no gradient
+    derived = [i for i, out in enumerate(want) if out.requires_grad]
+    if not derived:  # no gradient
         return f"communicates: {forward.get_total_counts()}" if forward.get_total_counts() else None
+    want, got = [want[i] for i in derived], [got[i] for i in derived]
     upstream = [torch.randn_like(out) for out in want]
     wanted = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
     asked = [arg for arg in placed if isinstance(arg, DTensor) and arg.requires_grad]

@@ -11,6 +11,7 @@ is the output `dx`: sharded as x is, or, where x is replicated and the work is n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -188,8 +189,10 @@ def _batch_and_heads(call: _Call) -> Iterator[_Placements]:
     if any(call.values.get(name) is not None for name in ("alibi_slopes", "attn_bias", "sinks")):
         return  # their own dimensions may be the batch's or the heads'
     batch = call.inputs[heads[0]][0]
-    found = _divide(call, 0, batch, tables)
+    scales = {name: len(shape) for name, shape in call.inputs.items() if name.endswith("_scale")}  # (H,) or (B, H)
+    found = _divide(call, 0, batch, [*tables, *scales])
     if found is not None:
+        found |= {name: Shard(0) for name, rank in scales.items() if rank == 2}
         # a table of positions for each sequence goes with its sequence
         own = [name for name in tables if len(call.inputs[name]) >= 3 and call.inputs[name][0] != 1]
         yield found | {name: Shard(0) for name in own}
@@ -197,7 +200,8 @@ def _batch_and_heads(call: _Call) -> Iterator[_Placements]:
     ranks = call.ranks(heads, 1)
     per_head = any(len(call.inputs[name]) == 4 and call.inputs[name][1] != 1 for name in tables)
     if not per_head and all(call.inputs[name][1] % ranks == 0 for name in heads):
-        yield {name: Shard(1) for name, shape in call.tensors.items() if len(shape) >= 3 and name not in tables}
+        found = {name: Shard(1) for name, shape in call.tensors.items() if len(shape) >= 3 and name not in tables}
+        yield found | {name: Shard(rank - 1) for name, rank in scales.items()}
 
 
 def _packed_heads(call: _Call) -> Iterator[_Placements]:
@@ -234,6 +238,28 @@ def _cross_entropy(call: _Call) -> Iterator[_Placements]:
             if not _is_empty(call.outputs[name]):
                 placements[name] = Shard(len(call.outputs[name]) - 1)
         yield placements | {loss: Shard(0) if reduction == "none" else Partial("sum")}
+
+
+def _loss(call: _Call) -> Iterator[_Placements]:
+    """The first dimension, for reduction none and sum; one number for all rows is whole. A mean's gradient would need to know how
+    many rows all ranks have, so it is replicated."""
+    from torch.distributed.tensor import Partial, Shard
+
+    first = call.spec.differentiable[0]
+    shape, reduction = call.inputs[first], call.option("reduction")
+    # "aot" sorts all rows; so does dpo_match, which has no reduction
+    if not shape or reduction not in ("none", "sum") or call.option("loss_type") == "aot":
+        return
+    # Statistics have the rows flat, last: sharded as the batch is if there is no other dimension or it divides evenly.
+    statistics = [name for name in call.tensors if name == "stats"]
+    if statistics and len(shape) > 2 and shape[0] % call.ranks([first], 0):
+        return
+    whole = [name for name, own in call.tensors.items() if math.prod(own) == 1]
+    found = _divide(call, 0, shape[0], [*whole, *statistics])
+    if found is not None:
+        found |= {name: Shard(len(call.tensors[name]) - 1) for name in statistics}
+        loss = next(iter(call.outputs))
+        yield found | ({loss: Partial("sum")} if reduction == "sum" and call.outputs[loss] == () else {})
 
 
 def _linear(call: _Call) -> Iterator[_Placements]:
@@ -293,6 +319,7 @@ RULES: dict[str, _Rule] = {
     "packed_heads": _packed_heads,
     "cross_entropy": _cross_entropy,
     "linear": _linear,
+    "loss": _loss,
 }
 
 

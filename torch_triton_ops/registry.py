@@ -44,6 +44,7 @@ SHARDING = (
     "cross_entropy",
     "linear",
     "reduction",
+    "loss",
 )
 LESSONS = range(1, 13)
 # Ops of another vendor's plugin in the same namespace: never ours.
