@@ -88,6 +88,25 @@ class Terminal:
 
 
 @pytest.fixture
+def interpreted() -> Callable[..., str]:
+    """Runs `python ARGUMENTS` with the kernels in Triton's interpreter, and gives what it prints."""
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", *arguments],
+            cwd=ROOT,
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+        return done.stdout.strip()
+
+    return run
+
+
+@pytest.fixture
 def terminal() -> Iterator[Callable[..., Terminal]]:
     """Opens terminals, and closes them after the test."""
     opened: list[Terminal] = []

@@ -5,8 +5,6 @@ The error budget of the conformance suite allows a unit in the last place, which
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,13 +63,9 @@ def test_every_value_on_the_gpu() -> None:
     assert list(mismatches("cuda")) == []
 
 
-def test_every_value_in_the_interpreter() -> None:
+def test_every_value_in_the_interpreter(interpreted) -> None:
     """The conversions by integer arithmetic, which GPUs before sm_89 run."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    interpreted(__file__)
 
 
 @pytest.mark.parametrize("to", FLOATING)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,16 +54,8 @@ print("ok")
 """
 
 
-def test_kernels_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KERNELS],
-        cwd=ROOT,
-        env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.stdout.strip() == "ok", done.stderr[-3000:]
+def test_kernels_in_the_interpreter(interpreted) -> None:
+    assert interpreted("-c", KERNELS) == "ok"
 
 
 def call(B: int, pages: int, heads: tuple[int, int] = (32, 8), page: int = 64) -> tuple[torch.Tensor, ...]:

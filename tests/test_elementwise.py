@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -90,11 +87,8 @@ for name in {ops!r}:
 OPS = ["add", "sub", "mul", "div", "maximum", "minimum", "relu", "sigmoid", "tanh", "exp", "silu", "gelu"]
 
 
-def test_special_values_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-W", "ignore", "-c", SPECIAL.format(ops=OPS)]
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == OPS, done.stdout + done.stderr[-3000:]
+def test_special_values_in_the_interpreter(interpreted) -> None:
+    assert interpreted("-c", SPECIAL.format(ops=OPS)).split() == OPS
 
 
 # In half precision tanh and gelu are computed by approximations: every value there is, against fp64.
@@ -120,9 +114,6 @@ print("done")
 """
 
 
-def test_every_half_precision_value_is_rounded_nearly_right() -> None:
+def test_every_half_precision_value_is_rounded_nearly_right(interpreted) -> None:
     """Half a unit in the last place is the least there can be, one where numbers are cut off."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-W", "ignore", "-c", EVERY_HALF]
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == ["done"], done.stdout + done.stderr[-3000:]
+    assert interpreted("-c", EVERY_HALF) == "done"

@@ -5,9 +5,6 @@ Chunks are made small here, so that small inputs need several; the kernels run i
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,16 +47,8 @@ print("right")
 """
 
 
-def test_chunks_of_rows_and_of_the_vocabulary() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHUNKED],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.stdout.strip() == "right", done.stdout + done.stderr[-3000:]
+def test_chunks_of_rows_and_of_the_vocabulary(interpreted) -> None:
+    assert interpreted("-c", CHUNKED) == "right"
 
 
 def head_of(rows: int = 6, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

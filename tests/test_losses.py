@@ -10,8 +10,6 @@ import math
 import os
 import runpy
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -341,11 +339,8 @@ LIMITS = (
 )
 
 
-def test_kernels_agree_with_the_formulas() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["checked", str(len(list(cases())) + len(LIMITS))]
+def test_kernels_agree_with_the_formulas(interpreted) -> None:
+    assert interpreted(__file__).split() == ["checked", str(len(list(cases())) + len(LIMITS))]
 
 
 # --------------------------------------------------------------------------------------------------------------------

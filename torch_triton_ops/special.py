@@ -9,7 +9,7 @@ import triton.language as tl
 
 from torch_triton_ops.launch import INTERPRET
 
-_INTERPRETED = tl.constexpr(INTERPRET)
+INTERPRETED = tl.constexpr(INTERPRET)
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def exp_fp32(x):
 @triton.jit
 def exp2_approx(x):
     """2^x in fp32, to two units in the last place; a subnormal result is 0. One instruction, where tl.exp2 takes four."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.exp2(x)
     else:
         return tl.inline_asm_elementwise(
@@ -39,7 +39,7 @@ def exp2_approx(x):
 @triton.jit
 def reciprocal_approx(x):
     """1 / x in fp32, to one unit in the last place; infinity of a subnormal number. One instruction; 1.0 / x takes eight."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return 1.0 / x
     else:
         return tl.inline_asm_elementwise(

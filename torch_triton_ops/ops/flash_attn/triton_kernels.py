@@ -18,9 +18,7 @@ import triton
 import triton.language as tl
 
 from torch_triton_ops.launch import INTERPRET, capability, cdiv, launch, next_power_of_2
-from torch_triton_ops.special import exp_fp32
-
-_INTERPRETED = tl.constexpr(INTERPRET)
+from torch_triton_ops.special import INTERPRETED, exp_fp32
 
 # --------------------------------------------------------------------------------------------------------------------
 # Kernels: parts that all of them use
@@ -371,7 +369,7 @@ def _dkdv_step(
     """One block of queries. Everything is computed transposed, (BLOCK_N, BLOCK_M), so that no accumulator is transposed."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = _load_rows(q_ptr, start_m, stride_qm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, UPCAST)
-    if _INTERPRETED:  # norm is the sum of these scores, and numpy, unlike a GPU, rounds a transposed product otherwise
+    if INTERPRETED:  # norm is the sum of these scores, and numpy, unlike a GPU, rounds a transposed product otherwise
         s = tl.trans(tl.dot(q, tl.trans(k)))  # (BLOCK_N, BLOCK_M)
     else:
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
