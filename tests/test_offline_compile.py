@@ -46,8 +46,7 @@ def forward_and_backward(spec, args, kwargs):
 
 def hardest(launches):
     """One launch for each kernel, dtype, config and option: of those that differ only in the sizes and addresses, or in the value
-    of a factor, the one of which Triton knows least (divisible by 16, equal to 1), because it needs most registers. And of those
-    that differ only in which parts of a kernel are switched on, none whose parts are a part of another's."""
+    of a factor, the one of which Triton knows least (divisible by 16, equal to 1), because it needs most registers."""
 
     def known(launch):
         offsets = [a.storage_offset() * a.element_size() if isinstance(a, torch.Tensor) else a for a in launch.args]
@@ -58,20 +57,7 @@ def hardest(launches):
         kinds = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in launch.args)
         factors = {n: c for n, c in launch.constexprs.items() if type(c) is not float or c in (-1.0, 0.0, 1.0)}
         found.setdefault((launch.kernel, kinds, str(factors), str(launch.options)), launch)
-    groups = {}
-    for (kernel, kinds, _, options), launch in found.items():
-        config = {n: c for n, c in launch.constexprs.items() if not switch(n, c)}
-        on = {n for n, c in launch.constexprs.items() if switch(n, c) and c}
-        on |= {(i, kind) for i, kind in enumerate(kinds) if kind is not type(None)}
-        groups.setdefault((kernel, str(config), options), []).append((on, launch))
-    return [launch for group in groups.values() for on, launch in group if not any(on < other for other, _ in group)]
-
-
-def switch(name, constexpr):
-    """Whether a constexpr switches a part of a kernel on, which without it has less to do."""
-    return type(constexpr) is float or (
-        type(constexpr) is bool and name.startswith(("HAS_", "NEEDS_", "STORE_", "SAVE_"))
-    )
+    return list(found.values())
 
 
 @pytest.mark.parametrize("target", offline.TARGETS, ids=lambda t: f"sm{t}")

@@ -87,7 +87,6 @@ def compile_launch(launch: Launch, target: int) -> Compiled:
     knobs = triton.knobs
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = True  # a cached binary has no log
-        knobs.compilation.disable_line_info = True  # an eighth of the time
         knobs.nvidia.dump_ptxas_log = True
         kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch.options)
     text = log.getvalue()
