@@ -34,7 +34,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_triton_ops.errors import bad_argument
-from torch_triton_ops.launch import cdiv, launch, next_power_of_2, sm_count
+from torch_triton_ops.launch import INTERPRET, cdiv, launch, next_power_of_2, sm_count
 
 # --------------------------------------------------------------------------------------------------------------------
 # References and checks
@@ -136,6 +136,18 @@ def check(
 # --------------------------------------------------------------------------------------------------------------------
 # Kernels
 # --------------------------------------------------------------------------------------------------------------------
+
+_INTERPRETED = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def rounded_product(a, b):
+    """a * b in fp32, rounded before anything is added to it: a fused multiply-add takes the exact product, and then the
+    difference from a mean of rounded ones is not 0 where it should be."""
+    if _INTERPRETED:
+        return a * b
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -366,7 +378,8 @@ def _norm_bwd_kernel(
                 weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0, eviction_policy="evict_last").to(
                     tl.float32
                 )
-            dy = dy * (weight + WEIGHT_OFFSET)[None, :]
+            factor = (weight + WEIGHT_OFFSET)[None, :]
+            dy = rounded_product(dy, factor) if CENTRED else dy * factor
         slope = rstd * tl.sum(dy * x, axis=1, keep_dims=True) / N  # (BLOCK_M, 1): mean of dy * xhat
         if CENTRED:
             dy = dy - tl.sum(dy, axis=1, keep_dims=True) / N

@@ -10,7 +10,7 @@ The error budget, for every element of every output and gradient:
 
 `exact` is the reference in fp64, `torch` the reference at the input's precision; eps and tiny are the result dtype's.
 One sample may be lucky for torch (a scalar loss that rounds to the exact value), so before a result is called wrong the
-maximum is taken over a few neighbours of the sample too, whose inputs differ in their last bits.
+maximum is taken over a few neighbours of the sample too, whose inputs and upstream gradients differ in their last bits.
 Infinities and NaNs must stand where they stand in `exact` (rounded to the dtype) or in `torch`.
 
 On CPU an op of ours runs its own reference: there the suite proves the registration (schema, fake, autograd, compile).
@@ -451,9 +451,11 @@ class _Case:
             for i, (n, e, p) in enumerate(zip(names, exact, plain, strict=True))
         ]
 
-    def _neighbours(self, evaluate: Callable[[list[torch.Tensor]], _Results]) -> _Neighbours | None:
+    def _neighbours(
+        self, evaluate: Callable[[list[torch.Tensor]], _Results], upstream: Sequence[torch.Tensor] = ()
+    ) -> _Neighbours | None:
         """None for a large sample, where luck plays no part."""
-        return None if self.call.numel() > _SMALL else _Neighbours(self.call.tensors, evaluate)
+        return None if self.call.numel() > _SMALL else _Neighbours([*self.call.tensors, *upstream], evaluate)
 
     def _reference(self, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[str]]:
         args, kwargs = self.call.rebuild(tensors)
@@ -486,7 +488,15 @@ class _Case:
         plain = self._reference_gradients(_copy(self.call.tensors), upstream)
         exact = self._reference_gradients(_cast(self.call.tensors, torch.float64), upstream)
         names = [self.call.names[i] for i in self.differentiable]
-        neighbours = self._neighbours(lambda tensors: self._reference_gradients(tensors, upstream))
+        given = [v for v in upstream if v is not None]
+
+        def moved(tensors: list[torch.Tensor]) -> _Results:
+            rest = iter(tensors[len(self.call.tensors) :])
+            return self._reference_gradients(
+                tensors[: len(self.call.tensors)], [None if v is None else next(rest) for v in upstream]
+            )
+
+        neighbours = self._neighbours(moved, given)
         return {
             n: _expect(f"gradient of {n}", e, p, None if neighbours is None else neighbours.error(i))
             for i, (n, e, p) in enumerate(zip(names, exact, plain, strict=True))

@@ -18,7 +18,7 @@ There is no factor T ** 2: distillation multiplies by it to keep the gradient's 
 |---|---|---|
 | logits, target_logits | (..., V), the same; any strides | float32, float16, bfloat16 |
 | loss | () or, with "none", (...) | that of logits |
-| stats (saved) | (6, rows): max z and log sum exp(z - max z) of both; then what the gradients subtract | float32 |
+| stats (saved) | (5 or 6, rows): max z and log sum exp(z - max z) of both; then what the gradients subtract | float32 |
 
 temperature: above 0. beta: above 0 and below 1 (kl_div is the limit of js_div / beta at 0). Raises ValueError for other
 numbers, shapes and reductions.
@@ -91,7 +91,7 @@ def kl_div_fwd_reference(
     log_p, log_q = _log_softmax(logits, temperature), _log_softmax(target_logits, temperature)
     rows = _expectation(log_q, log_q - log_p)
     saved = [*_stats(logits, temperature), *_stats(target_logits, temperature), rows.reshape(-1)]
-    return _reduced(rows, logits.dtype, reduction), torch.stack([*saved, torch.zeros_like(saved[-1])])
+    return _reduced(rows, logits.dtype, reduction), torch.stack(saved)
 
 
 def js_div_reference(
@@ -233,9 +233,15 @@ def _moved(w, s_q, by, factor):
 
 
 @triton.jit
-def _log_m(log_p, log_q, p, q, BETA: tl.constexpr):
-    m = BETA * q + (1.0 - BETA) * p
-    return tl.log(tl.where(m > 0.0, m, 1.0))
+def _above_m(log_p, log_q, BETA: tl.constexpr):
+    """log(p / m) and log(q / m) from the difference of the logarithms: both are 0 where p is q, and few digits cancel.
+
+    They mean nothing where p or q is 0.
+    """
+    apart = log_q - log_p
+    ratio = tl.exp(-tl.abs(apart))  # the smaller of p and q over the larger
+    low = tl.log(tl.where(apart > 0.0, BETA + (1.0 - BETA) * ratio, (1.0 - BETA) + BETA * ratio))  # log(m / larger)
+    return tl.minimum(-apart, 0.0) - low, tl.minimum(apart, 0.0) - low
 
 
 @triton.jit
@@ -258,9 +264,9 @@ def _js_step(
     log_p = (_load_tile(p_ptr, offs, V, SCALE, MASKED) - top_p) - log_p_sum
     log_q = (_load_tile(q_ptr, offs, V, SCALE, MASKED) - top_q) - log_q_sum
     p, q = tl.exp(log_p), tl.exp(log_q)
-    log_m = _log_m(log_p, log_q, p, q, BETA)
-    kl_p += tl.sum(tl.where(p > 0.0, p * (log_p - log_m), 0.0), axis=0)
-    kl_q += tl.sum(tl.where(q > 0.0, q * (log_q - log_m), 0.0), axis=0)
+    above_p, above_q = _above_m(log_p, log_q, BETA)
+    kl_p += tl.sum(tl.where(p > 0.0, p * above_p, 0.0), axis=0)
+    kl_q += tl.sum(tl.where(q > 0.0, q * above_q, 0.0), axis=0)
     return kl_p, kl_q
 
 
@@ -375,11 +381,11 @@ def _divergence_bwd_kernel(
         if NEEDS_Q:
             dq = g * tl.where(q > 0.0, q * (log_q - log_p - tl.load(stats_ptr + 4 * M + row)), 0.0)
     else:
-        log_m = _log_m(log_p, log_q, p, q, BETA)
+        above_p, above_q = _above_m(log_p, log_q, BETA)
         if NEEDS_P:
-            dp = ((1.0 - BETA) * g) * tl.where(p > 0.0, p * (log_p - log_m - tl.load(stats_ptr + 5 * M + row)), 0.0)
+            dp = ((1.0 - BETA) * g) * tl.where(p > 0.0, p * (above_p - tl.load(stats_ptr + 5 * M + row)), 0.0)
         if NEEDS_Q:
-            dq = (BETA * g) * tl.where(q > 0.0, q * (log_q - log_m - tl.load(stats_ptr + 4 * M + row)), 0.0)
+            dq = (BETA * g) * tl.where(q > 0.0, q * (above_q - tl.load(stats_ptr + 4 * M + row)), 0.0)
     if NEEDS_P:
         tl.store(dp_ptr + row * V + offs_v, dp.to(dp_ptr.dtype.element_ty), mask=mask_v)
     if NEEDS_Q:
@@ -400,7 +406,7 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
 def _forward(
     logits: torch.Tensor, target_logits: torch.Tensor, beta: float | None, temperature: float, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    loss, stats = _outputs(logits, reduction)
+    loss, stats = _outputs(logits, reduction, beta)
     p, q = _rows(logits), _rows(target_logits)
     M, V = p.shape
     rows = loss if reduction == "none" else stats.new_empty(M)
@@ -470,10 +476,10 @@ def _backward(
     return dlogits, dtarget
 
 
-def _outputs(logits: torch.Tensor, reduction: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(logits: torch.Tensor, reduction: str, beta: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     rows = math.prod(logits.shape[:-1])
     loss = logits.new_empty(logits.shape[:-1] if reduction == "none" else ())
-    return loss, logits.new_empty((6, rows), dtype=arithmetic_dtype(logits))
+    return loss, logits.new_empty((5 if beta is None else 6, rows), dtype=arithmetic_dtype(logits))
 
 
 def _wanted(logits: torch.Tensor, target_logits: torch.Tensor, needs: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -490,7 +496,7 @@ def kl_div(
 def kl_div_fake(
     logits: torch.Tensor, target_logits: torch.Tensor, *, temperature: float = 1.0, reduction: str = "mean"
 ) -> torch.Tensor:
-    return _outputs(logits, reduction)[0]
+    return _outputs(logits, reduction, None)[0]
 
 
 def kl_div_fwd(
@@ -502,7 +508,7 @@ def kl_div_fwd(
 def kl_div_fwd_fake(
     logits: torch.Tensor, target_logits: torch.Tensor, temperature: float, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _outputs(logits, reduction)
+    return _outputs(logits, reduction, None)
 
 
 def kl_div_bwd(
@@ -548,7 +554,7 @@ def js_div_fake(
     temperature: float = 1.0,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    return _outputs(logits, reduction)[0]
+    return _outputs(logits, reduction, beta)[0]
 
 
 def js_div_fwd(
@@ -560,7 +566,7 @@ def js_div_fwd(
 def js_div_fwd_fake(
     logits: torch.Tensor, target_logits: torch.Tensor, beta: float, temperature: float, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _outputs(logits, reduction)
+    return _outputs(logits, reduction, beta)
 
 
 def js_div_bwd(

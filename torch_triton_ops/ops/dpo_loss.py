@@ -218,12 +218,12 @@ def _dpo_rank_kernel(
     policy_rejected_ptr,
     ref_chosen_ptr,
     ref_rejected_ptr,
-    rank_ptr,
-    sorted_ptr,
+    policy_rank_ptr,
+    ref_rank_ptr,
     B,
     BLOCK_B: tl.constexpr,
 ):
-    """The rank of each pair among the policy's differences, and the reference's differences in sorted order."""
+    """The rank of each pair among the policy's differences, and among the reference's."""
     offs = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]  # (BLOCK_B, 1)
     mask = offs < B
     policy = load(policy_chosen_ptr, offs, mask) - load(policy_rejected_ptr, offs, mask)
@@ -239,15 +239,26 @@ def _dpo_rank_kernel(
         other = load(ref_chosen_ptr, offs_b, mask_b) - load(ref_rejected_ptr, offs_b, mask_b)
         before = mask_b & _before(ref, other, offs, offs_b)
         ref_rank += tl.sum(before.to(tl.int32), axis=1, keep_dims=True)
-    tl.store(rank_ptr + offs, policy_rank, mask=mask)
-    tl.store(sorted_ptr + ref_rank, ref, mask=mask)
+    tl.store(policy_rank_ptr + offs, policy_rank, mask=mask)
+    tl.store(ref_rank_ptr + offs, ref_rank, mask=mask)
 
 
 @triton.jit
-def _dpo_pick_kernel(rank_ptr, sorted_ptr, delta_ptr, B, BLOCK_B: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # (BLOCK_B,)
-    rank = tl.load(rank_ptr + offs, mask=offs < B, other=0)
-    tl.store(delta_ptr + offs, tl.load(sorted_ptr + rank, mask=offs < B), mask=offs < B)
+def _dpo_pick_kernel(
+    policy_rank_ptr, ref_rank_ptr, ref_chosen_ptr, ref_rejected_ptr, delta_ptr, B, BLOCK_B: tl.constexpr
+):
+    """For each pair the reference's difference of the same rank. Searched for: torch's analysis of what a kernel writes takes
+    every tensor for written from which a store's address is computed, so nothing is stored at its rank."""
+    offs = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]  # (BLOCK_B, 1)
+    rank = tl.load(policy_rank_ptr + offs, mask=offs < B, other=-1)
+    delta = tl.zeros((BLOCK_B, 1), tl.float32)
+    for start in range(0, B, BLOCK_B):
+        offs_b = start + tl.arange(0, BLOCK_B)[None, :]  # (1, BLOCK_B)
+        mask_b = offs_b < B
+        ref = load(ref_chosen_ptr, offs_b, mask_b) - load(ref_rejected_ptr, offs_b, mask_b)
+        same = tl.load(ref_rank_ptr + offs_b, mask=mask_b, other=-2) == rank  # (BLOCK_B, BLOCK_B)
+        delta += tl.sum(tl.where(same, ref, 0.0), axis=1, keep_dims=True)
+    tl.store(delta_ptr + offs, delta, mask=offs < B)
 
 
 def dpo_match(
@@ -255,10 +266,11 @@ def dpo_match(
 ) -> torch.Tensor:
     delta = dpo_match_fake(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     B = delta.numel()
-    rank, ordered = delta.new_empty(B, dtype=torch.int32), delta.new_empty(B)
-    inputs = (t.contiguous() for t in (policy_chosen, policy_rejected, ref_chosen, ref_rejected))
-    launch(_dpo_rank_kernel, (cdiv(B, 32),), *inputs, rank, ordered, B, BLOCK_B=32)
-    launch(_dpo_pick_kernel, (cdiv(B, 256),), rank, ordered, delta, B, BLOCK_B=256)
+    ranks = [delta.new_empty(B, dtype=torch.int32) for _ in range(2)]
+    policy, ref = (policy_chosen, policy_rejected), (ref_chosen, ref_rejected)
+    policy, ref = ([t.contiguous() for t in pair] for pair in (policy, ref))
+    launch(_dpo_rank_kernel, (cdiv(B, 32),), *policy, *ref, *ranks, B, BLOCK_B=32)
+    launch(_dpo_pick_kernel, (cdiv(B, 32),), *ranks, *ref, delta, B, BLOCK_B=32)
     return delta
 
 

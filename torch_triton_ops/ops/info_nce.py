@@ -16,7 +16,7 @@ dkey[j]   = sum_i g[i] / T * (p[i, j] - [i == j]) * query[i]
 | query | (M, D), any strides; normalise it before, if the similarity is to be the cosine | float32, float16, bfloat16 |
 | key | (N, D) with N >= M, any strides | that of query |
 | loss | () or, with "none", (M,) | that of query |
-| stats (saved) | (2, M): max_j s and log sum_j exp(s - max_j s) | float32 |
+| stats (saved) | (2, M): max_j s and sum_j exp(s - max_j s) | float32 |
 
 temperature: above 0. Raises ValueError for other numbers, shapes and reductions, TypeError where the dtypes differ.
 
@@ -72,10 +72,10 @@ def info_nce_loss_fwd_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     s = _scores(query, key, temperature)
     top = s.detach().amax(1) if query.shape[0] else s.new_empty(0)
-    log_sum = (s - top[:, None]).exp().sum(1).log()
-    rows = log_sum - (s.diagonal() - top)
+    total = (s - top[:, None]).exp().sum(1)
+    rows = total.log() - (s.diagonal() - top)
     loss = rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
-    return loss.to(query.dtype).contiguous(), torch.stack([top, log_sum.detach()])
+    return loss.to(query.dtype).contiguous(), torch.stack([top, total.detach()])
 
 
 def info_nce_loss_bwd_reference(
@@ -91,7 +91,7 @@ def info_nce_loss_bwd_reference(
     g = dloss.to(dtype).reshape(-1).expand(M) / temperature
     if reduction == "mean":
         g = g / M
-    p = ((_scores(query, key, temperature) - stats[0][:, None]) - stats[1][:, None]).exp()
+    p = (_scores(query, key, temperature) - stats[0][:, None]).exp() / stats[1][:, None]
     p.diagonal().sub_(1)
     ds = g[:, None] * p
     dquery = (ds @ key.to(dtype)).to(query.dtype) if needs[0] else query.new_empty(0)
@@ -102,6 +102,18 @@ def info_nce_loss_bwd_reference(
 # --------------------------------------------------------------------------------------------------------------------
 # Kernels
 # --------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dot_add(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b. In fp32 one long chain of additions rounds too often: a sum for each block, then a sum of those.
+
+    The product with 1.0 keeps the compiler from chaining them again.
+    """
+    if a.dtype == tl.float32:
+        return tl.fma(acc, 1.0, tl.dot(a, b, input_precision=PRECISION))
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -137,7 +149,7 @@ def _score_tile(
         )  # (BLOCK_D, BLOCK_B)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        s = tl.dot(a, b, s, input_precision=PRECISION)
+        s = _dot_add(a, b, s, PRECISION)
     return s * SCALE
 
 
@@ -171,11 +183,10 @@ def _info_nce_fwd_kernel(
         raised = tl.maximum(top, tl.max(s, axis=1))
         total = total * tl.exp(top - raised) + tl.sum(tl.exp(s - raised[:, None]), axis=1)
         top = raised
-    log_sum = tl.log(total)
     mask_m = offs_m < M
-    tl.store(loss_ptr + offs_m, (log_sum - (own - top)).to(loss_ptr.dtype.element_ty), mask=mask_m)
+    tl.store(loss_ptr + offs_m, (tl.log(total) - (own - top)).to(loss_ptr.dtype.element_ty), mask=mask_m)
     tl.store(stats_ptr + offs_m, top, mask=mask_m)
-    tl.store(stats_ptr + M + offs_m, log_sum, mask=mask_m)
+    tl.store(stats_ptr + M + offs_m, total, mask=mask_m)
 
 
 @triton.jit
@@ -216,9 +227,10 @@ def _info_nce_bwd_kernel(
             offs_m = offs_b[None, :]
         mask_m = offs_m < M
         top = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
-        log_sum = tl.load(stats_ptr + M + offs_m, mask=mask_m, other=float("inf"))  # p is 0 beyond the last query
+        total = tl.load(stats_ptr + M + offs_m, mask=mask_m, other=float("inf"))  # p is 0 beyond the last query
         g = tl.load(dloss_ptr + offs_m.to(tl.int64) * stride_dloss, mask=mask_m, other=0.0).to(tl.float32)
-        p = tl.exp((s - top) - log_sum)  # (BLOCK_A, BLOCK_B)
+        # divided by the sum, not less its logarithm, which is rounded to as much as the sum of p may be off by
+        p = tl.exp(s - top) * (1.0 / total)  # (BLOCK_A, BLOCK_B)
         ds = g * (p - tl.where(offs_a[:, None] == offs_b[None, :], 1.0, 0.0))
         b = tl.load(
             b_ptr + offs_b.to(tl.int64)[:, None] * D + offs_out[None, :],
@@ -228,7 +240,7 @@ def _info_nce_bwd_kernel(
         ds = ds.to(b.dtype)
         if UPCAST:
             ds, b = ds.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(ds, b, acc, input_precision=PRECISION)
+        acc = _dot_add(ds, b, acc, PRECISION)
     # the factor that all share stays in fp32
     acc *= SCALE
     if MEAN:

@@ -4,7 +4,7 @@ z     = max(kl, 0)
 r     = policy - reference
 loss  = desirable_weight * sigmoid(-beta * (r - z)) where label, else undesirable_weight * sigmoid(beta * (r - z))
 reward = beta * r
-dpolicy = -+ weight * beta * sigmoid(u) * sigmoid(-u)               with u = beta * (r - z), - where label
+dpolicy = -+ weight * beta * e / (1 + e) ** 2          with e = exp(-|beta * (r - z)|), - where label
 
 then "mean" or "sum" over the answers, or "none". 1 - sigmoid(u) is computed as sigmoid(-u). Rewards have no gradient.
 
@@ -63,8 +63,8 @@ def kto_derivative(
     desirable_weight: tl.constexpr = 1.0,
     undesirable_weight: tl.constexpr = 1.0,
 ):
-    u = beta * (policy - reference) - beta * tl.maximum(kl, 0.0)
-    return tl.where(label != 0, -desirable_weight, undesirable_weight) * beta * tl.sigmoid(u) * tl.sigmoid(-u)
+    e = tl.exp(-tl.abs(beta * (policy - reference) - beta * tl.maximum(kl, 0.0)))
+    return tl.where(label != 0, -desirable_weight, undesirable_weight) * beta * (e / ((1.0 + e) * (1.0 + e)))
 
 
 def _check(

@@ -290,6 +290,7 @@ def _paged_decode_attn_fwd_kernel(
     token, head = rows // G, h * G + rows % G
     mask_m = rows < T * G
     STEP: tl.constexpr = 2 if PAIRS else 1  # elements of a head in a column of the cache
+    CHUNK: tl.constexpr = BLOCK_D if BLOCK_D < 32 else 32
     offs_c = tl.arange(0, BLOCK_D // STEP).to(tl.int64)  # of unusual layouts a stride may be large
     mask_c = offs_c < HEAD_DIM // STEP
     q_rows = q_ptr + b * stride_qb + token.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh  # (BLOCK_M,)
@@ -341,12 +342,27 @@ def _paged_decode_attn_fwd_kernel(
         mask_k, mask_v = mask_n[None, :], mask_n[:, None]
         if HEAD_DIM < BLOCK_D:
             mask_k, mask_v = mask_k & mask_c[:, None], mask_v & mask_c[None, :]
-        k = tl.load(k_head + k_rows[None, :] + offs_c[:, None] * stride_kd, mask=mask_k, other=0)
+        if PRECISE and not PAIRS:
+            # one chain of additions along the head would round too often: a sum for every 32 elements, then a sum of those
+            # (the product with 1.0 keeps the compiler from chaining them again)
+            s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start in tl.static_range(0, BLOCK_D, CHUNK):
+                part = start + tl.arange(0, CHUNK).to(tl.int64)  # (CHUNK,)
+                mask = part < HEAD_DIM
+                q = tl.load(
+                    q_rows[:, None] + part[None, :] * stride_qd, mask=mask_m[:, None] & mask[None, :], other=0.0
+                )
+                k = tl.load(
+                    k_head + k_rows[None, :] + part[:, None] * stride_kd, mask=mask_n[None, :] & mask[:, None], other=0
+                )
+                s = tl.fma(s, 1.0, tl.dot(q, _operand(k, dtype, FP8, NATIVE), input_precision=PRECISION))
+        else:
+            k = tl.load(k_head + k_rows[None, :] + offs_c[:, None] * stride_kd, mask=mask_k, other=0)
         if PAIRS:
             k, k_odd = decode_fp8_pairs(k, dtype, FP8, NATIVE)
             s = tl.dot(q_odd, k_odd, input_precision=PRECISION)
             s = tl.dot(q, k, s, input_precision=PRECISION)
-        else:
+        elif not PRECISE:
             s = tl.dot(q, _operand(k, dtype, FP8, NATIVE), input_precision=PRECISION)
         s *= unit[:, None]  # (BLOCK_M, BLOCK_N)
         if SOFTCAP > 0:
@@ -368,7 +384,10 @@ def _paged_decode_attn_fwd_kernel(
             acc_odd = tl.dot(p, v_odd, acc_odd * alpha[:, None], input_precision=PRECISION)
         else:
             v = _operand(v, dtype, FP8, NATIVE)
-        acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)  # (BLOCK_M, BLOCK_D / STEP)
+        if PRECISE and not PAIRS:
+            acc = tl.fma(acc, alpha[:, None], tl.dot(p, v, input_precision=PRECISION))  # (BLOCK_M, BLOCK_D)
+        else:
+            acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)  # (BLOCK_M, BLOCK_D / STEP)
         m = m_new
 
     if PAIRS:
