@@ -52,7 +52,7 @@ from torch_triton_ops.cases import BenchCase, Cost, ErrorSample, Sample
 from torch_triton_ops.errors import bad_argument
 from torch_triton_ops.fusion import column_sum_kernel
 from torch_triton_ops.launch import cdiv, launch, next_power_of_2, sm_count
-from torch_triton_ops.norms import other_dtype, statistics_dtype
+from torch_triton_ops.norms import other_dtype, rounded_product, statistics_dtype
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -373,7 +373,7 @@ def _group_norm_bwd_kernel(
     dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + r, mask=r < R, other=0.0)  # (BLOCK_R, 1, 1)
     xhat = (x - tl.load(mean_ptr + r, mask=r < R, other=0.0)) * rstd
-    along = tl.sum(norms.rounded_product(dy, xhat), axis=2, keep_dims=True)  # (BLOCK_R, BLOCK_C, 1)
+    along = tl.sum(rounded_product(dy, xhat), axis=2, keep_dims=True)  # (BLOCK_R, BLOCK_C, 1)
     total = tl.sum(dy, axis=2, keep_dims=True)
     if STORE_SUMS:
         tl.store(sums_ptr + r * C + c, along, mask=mask_c)
@@ -381,8 +381,8 @@ def _group_norm_bwd_kernel(
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + (r % G) * C + c, mask=mask_c, other=0.0).to(tl.float32)
         along = along * weight
-        total = norms.rounded_product(total, weight)
-        dy = norms.rounded_product(dy, weight)
+        total = rounded_product(total, weight)
+        dy = rounded_product(dy, weight)
     K = tl.cast(C, tl.float32) * S
     slope = tl.sum(along, axis=1, keep_dims=True) / K  # (BLOCK_R, 1, 1)
     mean = tl.sum(total, axis=1, keep_dims=True) / K

@@ -290,7 +290,7 @@ def _paged_decode_attn_fwd_kernel(
     token, head = rows // G, h * G + rows % G
     mask_m = rows < T * G
     STEP: tl.constexpr = 2 if PAIRS else 1  # elements of a head in a column of the cache
-    CHUNK: tl.constexpr = BLOCK_D if BLOCK_D < 32 else 32
+    CHUNK: tl.constexpr = 16
     offs_c = tl.arange(0, BLOCK_D // STEP).to(tl.int64)  # of unusual layouts a stride may be large
     mask_c = offs_c < HEAD_DIM // STEP
     q_rows = q_ptr + b * stride_qb + token.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh  # (BLOCK_M,)
@@ -343,19 +343,22 @@ def _paged_decode_attn_fwd_kernel(
         if HEAD_DIM < BLOCK_D:
             mask_k, mask_v = mask_k & mask_c[:, None], mask_v & mask_c[None, :]
         if PRECISE and not PAIRS:
-            # one chain of additions along the head would round too often: a sum for every 32 elements, then a sum of those
-            # (the product with 1.0 keeps the compiler from chaining them again)
+            # Some elements of a head at a time: operands of multiply-adds are held in registers, and one chain of additions
+            # along the whole head would round too often (the product with 1.0 keeps the compiler from chaining the sums).
             s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for start in tl.static_range(0, BLOCK_D, CHUNK):
-                part = start + tl.arange(0, CHUNK).to(tl.int64)  # (CHUNK,)
-                mask = part < HEAD_DIM
-                q = tl.load(
-                    q_rows[:, None] + part[None, :] * stride_qd, mask=mask_m[:, None] & mask[None, :], other=0.0
+            for start in tl.range(0, BLOCK_D, CHUNK, num_stages=1):
+                part = (start + tl.arange(0, CHUNK)).to(tl.int64)  # (CHUNK,)
+                inside = part < HEAD_DIM
+                q_part = tl.load(
+                    q_rows[:, None] + part[None, :] * stride_qd, mask=mask_m[:, None] & inside[None, :], other=0.0
                 )
-                k = tl.load(
-                    k_head + k_rows[None, :] + part[:, None] * stride_kd, mask=mask_n[None, :] & mask[:, None], other=0
+                k_part = tl.load(
+                    k_head + k_rows[None, :] + part[:, None] * stride_kd,
+                    mask=mask_n[None, :] & inside[:, None],
+                    other=0,
                 )
-                s = tl.fma(s, 1.0, tl.dot(q, _operand(k, dtype, FP8, NATIVE), input_precision=PRECISION))
+                k_part = _operand(k_part, dtype, FP8, NATIVE)
+                s = tl.fma(s, 1.0, tl.dot(q_part, k_part, input_precision=PRECISION))
         else:
             k = tl.load(k_head + k_rows[None, :] + offs_c[:, None] * stride_kd, mask=mask_k, other=0)
         if PAIRS:
@@ -512,6 +515,8 @@ def paged_decode_attn(
         k_cache, v_cache = k_cache.view(codes), v_cache.view(codes)
     group = Hq // Hkv
     BLOCK_M = min(64 if BLOCK_D <= 128 else 32, max(16, next_power_of_2(T * group)))
+    if q.dtype == torch.float32:  # the operands of multiply-adds are held in registers
+        BLOCK_N = min(BLOCK_N, 2048 // BLOCK_M)
     m_blocks = cdiv(T * group, BLOCK_M)
     visible = min(capacity, window_left + T + BLOCK_N)
     splits, min_keys = _plan(B * Hkv * m_blocks, max(1, visible), _PROGRAMS_PER_SM * sm_count(q.device))

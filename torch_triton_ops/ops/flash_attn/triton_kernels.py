@@ -50,6 +50,17 @@ def _load_rows(
 
 
 @triton.jit
+def _load_columns(
+    x_ptr, start, stride_xs, S, column, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Columns column .. column + BLOCK of the rows that `_load_rows` loads: (BLOCK_S, BLOCK)."""
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_d = column + tl.arange(0, BLOCK)
+    ptrs = x_ptr + tl.cast(start, tl.int64) * stride_xs + (offs_s[:, None] * stride_xs + offs_d[None, :])
+    return tl.load(ptrs, mask=((start + offs_s) < S)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
 def _rounded(x, TO_BF16: tl.constexpr):
     """x; for the interpreter, whose cast to bf16 truncates, rounded to it to nearest even."""
     if TO_BF16:
@@ -183,13 +194,24 @@ def _exp(x_ptr, x):
 
 
 @triton.jit
-def _dot_rows(a, b, PRECISION: tl.constexpr):
-    """a @ b.T. In fp32 the even and the odd columns apart: chains half as long round less often."""
-    if a.dtype == tl.float32 and PRECISION == "ieee" and a.shape[1] >= 32:
-        a_even, a_odd = tl.split(tl.reshape(a, (a.shape[0], a.shape[1] // 2, 2)))
-        b_even, b_odd = tl.split(tl.reshape(b, (b.shape[0], b.shape[1] // 2, 2)))
-        even = tl.dot(a_even, tl.trans(b_even), input_precision=PRECISION)
-        return tl.fma(even, 1.0, tl.dot(a_odd, tl.trans(b_odd), input_precision=PRECISION))
+def _dot_rows(
+    a, a_ptr, start_a, stride_a, Sa, b, b_ptr, start_b, stride_b, Sb,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """a @ b.T of two blocks of rows, (BLOCK_A, BLOCK_D) and (BLOCK_B, BLOCK_D), which `_load_rows` loaded.
+
+    IEEE products in fp32 are multiply-adds that hold whole operands in registers. They load the rows again, some columns at a
+    time: then the operands fit, and a chain of additions is short, so that it rounds less often.
+    """
+    if a_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee":
+        BLOCK: tl.constexpr = 16
+        products = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
+        for column in tl.range(0, BLOCK_D, BLOCK, num_stages=1):
+            a_part = _load_columns(a_ptr, start_a, stride_a, Sa, column, HEAD_DIM, a.shape[0], BLOCK)
+            b_part = _load_columns(b_ptr, start_b, stride_b, Sb, column, HEAD_DIM, b.shape[0], BLOCK)
+            # times 1.0: else the compiler goes on with one chain of additions
+            products = tl.fma(products, 1.0, tl.dot(a_part, tl.trans(b_part), input_precision=PRECISION))
+        return products
     else:
         return tl.dot(a, tl.trans(b), input_precision=PRECISION)
 
@@ -208,15 +230,17 @@ def _dot_add(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, l, m, q, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n, stride_kn, stride_vn, stride_bm, stride_bn,
-    last, first, Sq, Skv,
+    acc, l, m, q, q_ptr, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
+    stride_qm, stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
     LOG2E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
     """One block of keys: the online softmax. m is in the unit of the scores (`_exp`)."""
     k = _load_rows(k_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, UPCAST)
-    s = _dot_rows(q, k, PRECISION)  # (BLOCK_M, BLOCK_N)
+    s = _dot_rows(
+        q, q_ptr, start_m, stride_qm, Sq, k, k_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_D, PRECISION
+    )  # (BLOCK_M, BLOCK_N)
     if SOFTCAP > 0:
         s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32)
     UNIT: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
@@ -304,8 +328,8 @@ def _flash_attn_fwd_kernel(
     if full_begin < full_end:
         for start_n in range(full_begin, full_end, BLOCK_N):
             acc, l, m = _attend(
-                acc, l, m, q, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n, stride_kn, stride_vn, stride_bm, stride_bn,
-                last, first, Sq, Skv, SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
+                acc, l, m, q, q_ptr, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
+                stride_qm, stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv, SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
                 HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False, LOG2E, PRECISION, UPCAST,
             )  # fmt: skip
     # blocks on the edge of what is seen, left and right in one loop
@@ -314,8 +338,8 @@ def _flash_attn_fwd_kernel(
         for i in range(0, edge, BLOCK_N):
             start_n = tl.where(i < full_begin - begin, begin + i, full_end + i - (full_begin - begin))
             acc, l, m = _attend(
-                acc, l, m, q, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n, stride_kn, stride_vn, stride_bm, stride_bn,
-                last, first, Sq, Skv, SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
+                acc, l, m, q, q_ptr, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
+                stride_qm, stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv, SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
                 HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, LOG2E, PRECISION, UPCAST,
             )  # fmt: skip
 
@@ -371,8 +395,8 @@ def _flash_attn_bwd_rows_kernel(
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, bias_ptr, slope, plane, start_m, start_n,
-    stride_qm, stride_dm, stride_bm, stride_bn, first, last, on_edge, Sq, Skv,
+    dk, dv, k, v, k_ptr, v_ptr, q_ptr, dout_ptr, rows_ptr, bias_ptr, slope, plane, start_m, start_n,
+    stride_kn, stride_vn, stride_qm, stride_dm, stride_bm, stride_bn, first, last, on_edge, Sq, Skv,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr,
@@ -382,9 +406,13 @@ def _dkdv_step(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = _load_rows(q_ptr, start_m, stride_qm, Sq, HEAD_DIM, BLOCK_M, BLOCK_D, True, UPCAST)
     if INTERPRETED:  # norm is the sum of these scores, and numpy, unlike a GPU, rounds a transposed product otherwise
-        s = tl.trans(_dot_rows(q, k, PRECISION))  # (BLOCK_N, BLOCK_M)
+        s = tl.trans(
+            _dot_rows(q, q_ptr, start_m, stride_qm, Sq, k, k_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_D, PRECISION)
+        )  # (BLOCK_N, BLOCK_M)
     else:
-        s = _dot_rows(k, q, PRECISION)  # (BLOCK_N, BLOCK_M)
+        s = _dot_rows(
+            k, k_ptr, start_n, stride_kn, Skv, q, q_ptr, start_m, stride_qm, Sq, HEAD_DIM, BLOCK_D, PRECISION
+        )  # (BLOCK_N, BLOCK_M)
     if SOFTCAP > 0:
         s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32)
     UNIT: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
@@ -405,7 +433,9 @@ def _dkdv_step(
     if NEEDS_DV:
         dv = _dot_add(p.to(dout.dtype), dout, dv, PRECISION)
     if NEEDS_DK:
-        dp = _dot_rows(v, dout, PRECISION)  # (BLOCK_N, BLOCK_M)
+        dp = _dot_rows(
+            v, v_ptr, start_n, stride_vn, Skv, dout, dout_ptr, start_m, stride_dm, Sq, HEAD_DIM, BLOCK_D, PRECISION
+        )  # (BLOCK_N, BLOCK_M)
         ds = p * (dp - tl.load(rows_ptr + plane + offs_m)[None, :])
         if SOFTCAP > 0:
             ds = ds * (1.0 - s * s)
@@ -472,8 +502,9 @@ def _flash_attn_bwd_dkdv_kernel(
                 start_m = tl.multiple_of(start_m, BLOCK_M)
                 on_edge = (start_m < full_begin) | (start_m >= full_end)
                 dk, dv = _dkdv_step(
-                    dk, dv, k, v, q_head_ptr, dout_head_ptr, rows_head_ptr, bias_head_ptr, slope, plane, start_m, start_n,
-                    stride_qm, stride_dm, stride_bm, stride_bn, first, last, on_edge, Sq, Skv,
+                    dk, dv, k, v, k_ptr, v_ptr, q_head_ptr, dout_head_ptr, rows_head_ptr, bias_head_ptr,
+                    slope, plane, start_m, start_n,
+                    stride_kn, stride_vn, stride_qm, stride_dm, stride_bm, stride_bn, first, last, on_edge, Sq, Skv,
                     SCALE, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
                     NEEDS_DK, NEEDS_DV, LOG2E, PRECISION, UPCAST,
                 )  # fmt: skip
@@ -487,8 +518,8 @@ def _flash_attn_bwd_dkdv_kernel(
 
 @triton.jit
 def _dq_step(
-    acc, total, q, dout, lse, delta, norm, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
-    stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv,
+    acc, total, q, dout, q_ptr, dout_ptr, lse, delta, norm, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
+    stride_qm, stride_dm, stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
     LOG2E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -496,7 +527,9 @@ def _dq_step(
 ):  # fmt: skip
     """One block of keys, added to dq (BLOCK_M, BLOCK_D) and the slope's gradient, or to the rows' sums of P * dP and of P."""
     k = _load_rows(k_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, UPCAST)
-    s = _dot_rows(q, k, PRECISION)  # (BLOCK_M, BLOCK_N)
+    s = _dot_rows(
+        q, q_ptr, start_m, stride_qm, Sq, k, k_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_D, PRECISION
+    )  # (BLOCK_M, BLOCK_N)
     if SOFTCAP > 0:
         s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32)
     UNIT: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
@@ -511,7 +544,9 @@ def _dq_step(
             visible = visible & ((start_n + j) >= first[:, None])
         p = tl.where(visible, p, 0.0)
     v = _load_rows(v_ptr, start_n, stride_vn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, UPCAST)
-    dp = _dot_rows(dout, v, PRECISION)  # (BLOCK_M, BLOCK_N)
+    dp = _dot_rows(
+        dout, dout_ptr, start_m, stride_dm, Sq, v, v_ptr, start_n, stride_vn, Skv, HEAD_DIM, BLOCK_D, PRECISION
+    )  # (BLOCK_M, BLOCK_N)
     if ONLY_ROWS:
         return acc + tl.sum(p * dp, 1), total + tl.sum(p, 1)
     else:
@@ -593,8 +628,9 @@ def _flash_attn_bwd_dq_kernel(
     if full_begin < full_end:
         for start_n in range(full_begin, full_end, BLOCK_N):
             acc, total = _dq_step(
-                acc, total, q, dout, lse, delta, norm, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
-                stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv, SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
+                acc, total, q, dout, q_ptr, dout_ptr, lse, delta, norm, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
+                stride_qm, stride_dm, stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv,
+                SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
                 HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False, LOG2E, PRECISION, UPCAST, ONLY_ROWS, NEEDS_DALIBI,
             )  # fmt: skip
     edge = (full_begin - begin) + (end - full_end)
@@ -602,16 +638,17 @@ def _flash_attn_bwd_dq_kernel(
         for i in range(0, edge, BLOCK_N):
             start_n = tl.where(i < full_begin - begin, begin + i, full_end + i - (full_begin - begin))
             acc, total = _dq_step(
-                acc, total, q, dout, lse, delta, norm, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
-                stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv, SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
+                acc, total, q, dout, q_ptr, dout_ptr, lse, delta, norm, k_ptr, v_ptr, bias_ptr, slope, start_m, start_n,
+                stride_qm, stride_dm, stride_kn, stride_vn, stride_bm, stride_bn, last, first, Sq, Skv,
+                SCALE, SOFTCAP, HAS_LEFT, HAS_ALIBI,
                 HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, LOG2E, PRECISION, UPCAST, ONLY_ROWS, NEEDS_DALIBI,
             )  # fmt: skip
     if ONLY_ROWS:
         if sinks_ptr is not None:
             total += _exp(q_ptr, tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - lse)
-        norm = 1.0 / tl.where(total == 0.0, 1.0, total)  # 0: the query sees nothing
-        tl.store(rows_ptr + plane + offs_m, acc * norm, mask=offs_m < Sq)
-        tl.store(rows_ptr + 2 * plane + offs_m, norm)  # within the padding
+        total = tl.where(total == 0.0, 1.0, total)  # 0: the query sees nothing
+        tl.store(rows_ptr + plane + offs_m, tl.div_rn(acc, total), mask=offs_m < Sq)
+        tl.store(rows_ptr + 2 * plane + offs_m, tl.div_rn(1.0, total))  # within the padding
     else:
         if NEEDS_DALIBI:
             tl.store(dalibi_ptr + first_row + offs_m, total)
@@ -682,7 +719,10 @@ def _flash_attn_bwd_dbias_kernel(
                     delta = tl.load(rows_head_ptr + plane + offs_m)
                     for start_n in range(begin, end, BLOCK_N):
                         k = _load_rows(k_head_ptr, start_n, stride_kn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, True, UPCAST)
-                        s = _dot_rows(q, k, PRECISION)  # (BLOCK_M, BLOCK_N)
+                        s = _dot_rows(
+                            q, q_head_ptr, start_m, stride_qm, Sq, k, k_head_ptr, start_n, stride_kn, Skv,
+                            HEAD_DIM, BLOCK_D, PRECISION,
+                        )  # (BLOCK_M, BLOCK_N)  # fmt: skip
                         if SOFTCAP > 0:
                             s = _tanh(s * (SCALE / SOFTCAP), q.dtype == tl.float32) * (SOFTCAP * LOG2E)
                         else:
@@ -701,7 +741,10 @@ def _flash_attn_bwd_dbias_kernel(
                         if HAS_LEFT:
                             visible = visible & ((start_n + j) >= place - window_left)
                         v = _load_rows(v_head_ptr, start_n, stride_vn, Skv, HEAD_DIM, BLOCK_N, BLOCK_D, True, UPCAST)
-                        dp = _dot_rows(dout, v, PRECISION)
+                        dp = _dot_rows(
+                            dout, dout_head_ptr, start_m, stride_dm, Sq, v, v_head_ptr, start_n, stride_vn, Skv,
+                            HEAD_DIM, BLOCK_D, PRECISION,
+                        )  # fmt: skip
                         acc += tl.where(visible, p * (dp - delta[:, None]), 0.0)
     if SUM_M:
         acc = tl.sum(acc, 0, keep_dims=True)
@@ -869,8 +912,18 @@ _CONFIGS: dict[str, dict[str, dict[str, tuple[int, int, int, int]]]] = {
     },
     # IEEE products are multiply-adds on whole operands in registers
     "float32": {
-        "fwd": {"narrow": (64, 32, 8, 2), "128": (32, 16, 8, 1), "256": (16, 16, 8, 1)},
-        "dkdv": {"narrow": (32, 32, 8, 1), "128": (16, 32, 8, 1), "256": (16, 16, 8, 1)},
+        "fwd": {
+            "narrow": (64, 32, 8, 2),
+            "narrow crowded": (32, 32, 8, 2),
+            "128": (32, 16, 8, 1),
+            "256": (16, 16, 8, 1),
+        },
+        "dkdv": {
+            "narrow": (32, 32, 8, 1),
+            "narrow crowded": (16, 32, 8, 1),
+            "128": (16, 32, 8, 1),
+            "256": (16, 16, 8, 1),
+        },
         "dq": {"narrow": (32, 32, 8, 1), "128": (16, 16, 8, 1), "256": (16, 16, 8, 1)},
         "dbias": {"narrow": (32, 32, 8, 1), "128": (16, 16, 8, 1), "256": (16, 16, 8, 1)},
     },
