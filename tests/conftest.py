@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+RUN_FILE = "import runpy; runpy.run_path({file!r}, run_name='__main__')"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker for each core: with a thread for each core besides, they would wait for one another (up to 20 times as long).
@@ -89,11 +90,13 @@ class Terminal:
 
 @pytest.fixture
 def interpreted() -> Callable[..., str]:
-    """Runs `python ARGUMENTS` with the kernels in Triton's interpreter, and gives what it prints."""
+    """Runs `python FILE` or `python -c PROGRAM` with the kernels in Triton's interpreter, and gives what it prints."""
 
     def run(*arguments: str) -> str:
+        start = "from triton_tutorial.interpreted import quicken; quicken()\n"
+        program = arguments[1] if arguments[0] == "-c" else RUN_FILE.format(file=arguments[0])
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", *arguments],
+            [sys.executable, "-W", "ignore", "-c", start + program],
             cwd=ROOT,
             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             capture_output=True,
