@@ -600,13 +600,14 @@ def _hook_builder(watch: _Watch) -> None:
 
 
 def quicken() -> None:
-    """Spare Triton's interpreter, in this process, work that decides nothing. Half of its time goes into three things:
+    """Spare Triton's interpreter, in this process, work that decides nothing. Most of its time goes into four things:
 
     * For every sum, difference and product of integers it computes whether they overflow, in int64 and by comparisons of
       its own, and drops the answer: the assertion that would report it exists only with `debug`.
     * For every call of a device function it replaces the functions of `triton.language`, which the launch around it
       has done already. Here that happens once in a launch for each module that kernels come from.
     * For every value it makes a table of numpy's dtypes anew.
+    * For every value it makes the parts of its type and of its shape anew. Here equal ones share them.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -650,6 +651,27 @@ def quicken() -> None:
         return known[element.name]
 
     interpreter._get_np_dtype = numpy_dtype
+
+    new_type, types = tl.block_type.__init__, {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (id(element_ty), *(getattr(n, "value", n) for n in shape))
+        if key not in types:
+            new_type(self, element_ty, shape)  # raises for what is no shape
+            types[key] = element_ty, dict(vars(self))  # the id is this dtype's as long as it is kept
+        vars(self).update(types[key][1])
+
+    new_tensor, shapes = tl.tensor.__init__, {}
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        shape = type.shape if type.is_block() else None
+        if id(shape) not in shapes:
+            new_tensor(self, handle, type)
+            shapes[id(shape)] = shape, self.numel, self.shape
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        _, self.numel, self.shape = shapes[id(shape)]
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
 
 
 class _Kernels:
