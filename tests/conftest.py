@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import pty
 import re
@@ -28,6 +29,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: "test_offline_compile" not in item.nodeid)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays to the end: the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Terminal:
