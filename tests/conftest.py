@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import pty
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+RUN_FILE = "import runpy; runpy.run_path({file!r}, run_name='__main__')"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker for each core: with a thread for each core besides, they would wait for one another (up to 20 times as long).
@@ -27,6 +29,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: "test_offline_compile" not in item.nodeid)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays to the end: the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Terminal:
@@ -89,11 +97,13 @@ class Terminal:
 
 @pytest.fixture
 def interpreted() -> Callable[..., str]:
-    """Runs `python ARGUMENTS` with the kernels in Triton's interpreter, and gives what it prints."""
+    """Runs `python FILE` or `python -c PROGRAM` with the kernels in Triton's interpreter, and gives what it prints."""
 
     def run(*arguments: str) -> str:
+        start = "from triton_tutorial.interpreted import quicken; quicken()\n"
+        program = arguments[1] if arguments[0] == "-c" else RUN_FILE.format(file=arguments[0])
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", *arguments],
+            [sys.executable, "-W", "ignore", "-c", start + program],
             cwd=ROOT,
             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             capture_output=True,

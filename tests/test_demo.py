@@ -18,6 +18,14 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "train_lm.py"
 OPS = ("rms_norm", "rope", "flash_attn", "swiglu", "linear", "cross_entropy")
 STEPS = 8
+QUICKENED = f"""
+import runpy, sys
+from triton_tutorial.interpreted import quicken
+
+quicken()
+sys.path.insert(0, {str(DEMO.parent)!r})
+runpy.run_path({str(DEMO)!r}, run_name="__main__")
+"""
 
 
 def run_demo(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -25,8 +33,9 @@ def run_demo(*arguments: str | Path, **environment: str) -> subprocess.Completed
         filter(None, (environment.pop("PYTHONPATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")))
     )
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = ["-c", QUICKENED] if environment.get("TRITON_INTERPRET") == "1" else [DEMO]
     return subprocess.run(
-        [sys.executable, DEMO, "--device", "cpu", *arguments],
+        [sys.executable, *script, "--device", "cpu", *arguments],
         env={**variables, **environment, "PYTHONPATH": path, "COLUMNS": "160"},
         capture_output=True,
         text=True,

@@ -32,6 +32,8 @@ SERVER = """
 import json, os, sys, traceback
 import sympy, torch.fx.experimental.symbolic_shapes  # imported by a first gradient
 from torch_triton_ops import registry, testing
+from triton_tutorial.interpreted import quicken
+quicken()
 for spec in registry.specs():
     spec.module
 for line in sys.stdin:

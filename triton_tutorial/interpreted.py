@@ -30,7 +30,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
@@ -594,6 +594,86 @@ def _hook_builder(watch: _Watch) -> None:
     interpreter._patch_lang_tensor = patch_tensor
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# The interpreter's own work
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def quicken() -> None:
+    """Spare Triton's interpreter, in this process, work that decides nothing. Most of its time goes into four things:
+
+    * For every sum, difference and product of integers it computes whether they overflow, in int64 and by comparisons of
+      its own, and drops the answer: the assertion that would report it exists only with `debug`.
+    * For every call of a device function it replaces the functions of `triton.language`, which the launch around it
+      has done already. Here that happens once in a launch for each module that kernels come from.
+    * For every value it makes a table of numpy's dtypes anew.
+    * For every value it makes the parts of its type and of its shape anew. Here equal ones share them.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if getattr(interpreter, "quickened", False):
+        return
+    interpreter.quickened = True
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+
+    patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] | None = None  # in the launch that runs: ids of the globals of the functions met so far
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal patched
+        patched = set()
+        try:
+            call(self, *args, **kwargs)
+        finally:
+            patched = None
+
+    def patch_once(fn: Any) -> Any:
+        if patched is None:
+            return patch(fn)
+        if id(fn.__globals__) in patched:
+            return interpreter._LangPatchScope()  # nothing to restore: the launch restores what it patched
+        patched.add(id(fn.__globals__))
+        return patch(fn)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launched, patch_once
+
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def numpy_dtype(dtype: Any) -> Any:
+        element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        if isinstance(element, tl.pointer_type):
+            return look_up(element)
+        if element.name not in known:
+            known[element.name] = look_up(element)
+        return known[element.name]
+
+    interpreter._get_np_dtype = numpy_dtype
+
+    new_type, types = tl.block_type.__init__, {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (id(element_ty), *(getattr(n, "value", n) for n in shape))
+        if key not in types:
+            new_type(self, element_ty, shape)  # raises for what is no shape
+            types[key] = element_ty, dict(vars(self))  # the id is this dtype's as long as it is kept
+        vars(self).update(types[key][1])
+
+    new_tensor, shapes = tl.tensor.__init__, {}
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        shape = type.shape if type.is_block() else None
+        if id(shape) not in shapes:
+            new_tensor(self, handle, type)
+            shapes[id(shape)] = shape, self.numel, self.shape
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        _, self.numel, self.shape = shapes[id(shape)]
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
+
+
 class _Kernels:
     """Interpreted kernels by source, defined once."""
 
@@ -688,6 +768,7 @@ def _serve(connection: Connection) -> None:
     import torch_triton_ops  # noqa: F401 - registers the ops
 
     watch, kernels = _Watch(), _Kernels()
+    quicken()
     _hook_builder(watch)
     while True:
         try:
