@@ -107,7 +107,8 @@ def unavailable(name: str) -> str | None:
 def find(op: str, ours: Function, reference: Function, names: tuple[str, ...]) -> Found:
     """`tt` and the peers of `names` that have a counterpart of `op`.
 
-    `reference` is the eager peer of an op that has none in this file.
+    `reference` is the eager peer of an op that has none in this file: one whose reference is torch's own function, or for which
+    torch has none.
     """
     found = Found([Impl("tt", ours)])
     eager_entry = _ENTRIES.get((op, "eager"))
@@ -175,6 +176,65 @@ def _rms_norm_eager() -> Function:
     return call
 
 
+@_peer("layer_norm", "eager")
+def _layer_norm_eager() -> Function:
+    return lambda x, weight=None, bias=None, eps=1e-5: F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+@_peer("group_norm", "eager")
+def _group_norm_eager() -> Function:
+    return lambda x, num_groups, weight=None, bias=None, eps=1e-5: F.group_norm(x, num_groups, weight, bias, eps)
+
+
+@_peer("add_rms_norm", "eager")
+def _add_rms_norm_eager() -> Function:
+    norm = _rms_norm_eager()
+
+    def call(x: torch.Tensor, residual: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return norm(total, *args, **options), total
+
+    return call
+
+
+@_peer("add_layer_norm", "eager")
+def _add_layer_norm_eager() -> Function:
+    norm = _layer_norm_eager()
+
+    def call(x: torch.Tensor, residual: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return norm(total, *args, **options), total
+
+    return call
+
+
+@_peer("log_softmax", "eager")
+def _log_softmax_eager() -> Function:
+    return lambda x, dim=-1: torch.log_softmax(x, dim)
+
+
+@_peer("geglu", "eager")
+def _geglu_eager() -> Function:
+    return lambda gate, up, approximate="tanh": F.gelu(gate, approximate=approximate) * up
+
+
+@_peer("kl_div", "eager")
+def _kl_div_eager() -> Function:
+    def call(
+        logits: torch.Tensor, target_logits: torch.Tensor, *, temperature: float = 1.0, reduction: str = "mean"
+    ) -> torch.Tensor:
+        p, q = (torch.log_softmax(z / temperature if temperature != 1.0 else z, -1) for z in (logits, target_logits))
+        rows = F.kl_div(p, q, reduction="none", log_target=True).sum(-1)
+        return {"none": lambda: rows, "sum": rows.sum, "mean": rows.mean}[reduction]()
+
+    return call
+
+
+@_peer("huber_loss", "eager")
+def _huber_loss_eager() -> Function:
+    return lambda input, target, delta=1.0, reduction="mean": F.huber_loss(input, target, reduction, delta)
+
+
 @_peer("swiglu", "eager")
 def _swiglu_eager() -> Function:
     return lambda gate, up: F.silu(gate) * up
@@ -219,6 +279,18 @@ def _cross_entropy_eager() -> Function:
             label_smoothing=options.get("label_smoothing", 0.0),
             reduction=options.get("reduction", "mean"),
         )
+
+    return call
+
+
+@_peer("linear_cross_entropy", "eager")
+def _linear_cross_entropy_eager() -> Function:
+    loss = _cross_entropy_eager()
+
+    def call(
+        hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: Any = None, **options: Any
+    ) -> torch.Tensor:
+        return loss(F.linear(hidden, weight, bias), target, **options)
 
     return call
 

@@ -6,12 +6,16 @@ Graphs are those of CPU tensors, where every op is one node. The names of nodes 
 
 from __future__ import annotations
 
+import re
+
 import expecttest
 import pytest
 import torch
 from torch._dynamo.testing import AotEagerAndRecordGraphs, normalize_gm
 
-import torch_triton_ops  # noqa: F401  (registers the ops)
+import torch_triton_ops
+from torch_triton_ops.cases import BenchCase
+from triton_tutorial import explain
 
 pytestmark = pytest.mark.skipif(
     not torch.__version__.startswith("2.13."), reason="golden graphs are those of torch 2.13 (node names change)"
@@ -36,6 +40,32 @@ def graphs(fn, *args) -> str:
 
 def leaf(*shape, dtype=torch.float32):
     return torch.ones(shape, dtype=dtype).requires_grad_()
+
+
+def calls():
+    """One call of every op; of those with kernels of their own for an option, that option too."""
+    for spec in torch_triton_ops.specs():
+        yield pytest.param(spec, next(iter(spec.function("bench_cases")())), id=spec.name)
+    spec = next(s for s in torch_triton_ops.specs() if s.name == "dpo_loss")
+
+    def aot(device, dtype):
+        return [torch.empty(21, device=device, dtype=dtype) for _ in range(4)], {"loss_type": "aot"}
+
+    yield pytest.param(spec, BenchCase("aot", aot, torch.float32), id="dpo_loss-aot")
+
+
+@pytest.mark.parametrize(("spec", "case"), list(calls()))
+def test_inlined_kernels_write_no_input(spec, case):
+    """torch.compile presumes that a kernel writes where its analysis cannot follow it (a scatter, say): to an op's inputs then, too,
+    which it copies at best."""
+    text = explain.graph(spec, case, 90)
+    mutated = {f"arg{i}" for i, a in enumerate(spec.arguments) if a.mutated}
+    for names, written in re.findall(r"triton \w+\[.*?\]\((.*?)\), writes (.*)", text):
+        given = dict(name.strip().split("=", 1) for name in names.split(", "))
+        wrong = [
+            name for name in written.split(", ") if re.fullmatch(r"arg\d+", given[name]) and given[name] not in mutated
+        ]
+        assert not wrong, text
 
 
 def test_vector_add():

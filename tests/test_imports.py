@@ -40,10 +40,13 @@ def modules() -> list[str]:
     return sorted(".".join(file.parts) for file in files)
 
 
+def module_path(module: str) -> Path:
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+
+
 def imports(module: str) -> Iterator[tuple[str, bool]]:
     """(absolute dotted name, at import time?) of everything that a module imports, inside functions too."""
-    path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(module_path(module).read_text(encoding="utf-8"))
     in_functions = {
         id(inner)
         for node in ast.walk(tree)
@@ -106,6 +109,39 @@ def test_op_imports_the_foundation_and_a_family_only(module: str) -> None:
 @pytest.mark.parametrize("module", modules())
 def test_nothing_imports_tests_bench_tutorials_examples(module: str) -> None:
     assert {name.split(".")[0] for name, _ in imports(module)} & set(OUTSIDE) == set()
+
+
+def attributes_of_modules(source: str) -> list[str]:
+    """`module.name` of the package's modules in functions under @triton.jit. Inductor copies the source of a kernel and of
+    what it calls by name; these it does not find."""
+    tree = ast.parse(source)
+    known = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(NAME)
+        for alias in node.names
+        if alias.name in modules()
+    }
+    kernels = [
+        f for f in tree.body if isinstance(f, ast.FunctionDef) and "triton.jit" in map(_called, f.decorator_list)
+    ]
+    return [
+        f"{kernel.name}: {ast.unparse(node)}"
+        for kernel in kernels
+        for node in ast.walk(kernel)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known
+    ]
+
+
+def _called(decorator: ast.expr) -> str:
+    return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator)
+
+
+def test_kernels_name_what_they_call() -> None:
+    wrong = "from torch_triton_ops import norms\n@triton.jit\ndef kernel(x):\n    return norms.f(x) + x.dtype"
+    assert attributes_of_modules(wrong) == ["kernel: norms.f"]
+    found = {module: attributes_of_modules(module_path(module).read_text(encoding="utf-8")) for module in modules()}
+    assert not {module: names for module, names in found.items() if names}, "import the function by its name"
 
 
 @pytest.mark.parametrize("module", [m for m in modules() if not m.startswith("ops.")])

@@ -77,6 +77,28 @@ def test_compiles_clean(spec, target):
     assert not faults, "\n".join(f"{k}: {v}" for k, v in faults.items())
 
 
+# fp32 operands of attention are held in registers, which the compiler fills to the last one
+FP32 = {
+    "flash_attn": ("D64_causal", "D128_gqa_causal", "D256_terms", "bias"),
+    "flash_attn_varlen": ("D64_causal",),
+    "paged_decode_attn": ("rows_int64_scaled", "D256_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_fp32_attention_hardly_spills(name):
+    """Nothing or a few registers; whole operands would be some hundred."""
+    spec = next(s for s in torch_triton_ops.specs() if s.name == name)
+    samples = {s.id: s for s in spec.function("samples")("meta", torch.float32)}
+
+    def run():
+        for sample in (samples[i] for i in FP32[name]):
+            forward_and_backward(spec, sample.args, sample.kwargs)
+
+    for launch in hardest(offline.record(run, 90)):
+        assert offline.compile_launch(launch, 90).spilled <= 64, (launch.kernel.__name__, launch.constexprs)
+
+
 def test_layers_of_language_models_compile_clean():
     """The configs that `linear` chooses for bench.gemm_suite's few-token shapes, on the target they were tuned on."""
 

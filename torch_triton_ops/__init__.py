@@ -7,6 +7,8 @@ module is loaded at its first call.
 from __future__ import annotations
 
 import gc as _gc
+import importlib as _importlib
+from typing import Any as _Any
 
 from torch_triton_ops import register as _register
 from torch_triton_ops import registry as _registry
@@ -24,3 +26,10 @@ try:
 finally:
     if _collects:
         _gc.enable()
+
+
+def __getattr__(name: str) -> _Any:
+    """`testing` and `offline` are imported where they are first used."""
+    if name in ("testing", "offline"):
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
